@@ -1,0 +1,108 @@
+//! Measures what docs/benchmarks.md shows, and writes it there: `cargo bench`, as root.
+//!
+//! `SEALMOUNT_BENCH_QUICK=1` measures little and writes nothing. More programs to compare with are
+//! named by variables, see [`programs`].
+#![forbid(unsafe_code)]
+
+mod chart;
+#[path = "../../tests/common/mod.rs"]
+mod common;
+mod digests;
+mod images;
+mod measures;
+mod memory;
+mod parts;
+mod programs;
+mod report;
+mod timing;
+mod whole_process;
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::Sandbox;
+use images::{Image, MIB};
+use programs::{Program, Programs};
+use report::Report;
+use rustix::mount::{UnmountFlags, unmount};
+use timing::Effort;
+
+/// What everything that is measured needs.
+struct Bench {
+    effort: Effort,
+    programs: Programs,
+    sandbox: Sandbox,
+    /// Where everything is mounted.
+    mnt: PathBuf,
+    tmpfs: PathBuf,
+}
+
+impl Bench {
+    /// Mounts; returns the time of the whole process in milliseconds.
+    fn mount(&self, program: &Program, options: &str, image: &Path) -> f64 {
+        let mut command = program.command();
+        timing::whole_process(command.args(["-o", options]).arg(image).arg(&self.mnt))
+    }
+
+    fn unmount(&self) {
+        unmount(&self.mnt, UnmountFlags::empty()).unwrap();
+        memory::settle();
+    }
+}
+
+const SIZES: [usize; 5] = [MIB, 10 * MIB, 40 * MIB, 100 * MIB, 1024 * MIB];
+
+/// The size that the measures are about.
+const MEASURED_SIZE: usize = 40 * MIB;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [digests::COMMAND, file] => return Ok(digests::hash_on_all_cores(Path::new(file))?),
+        ["--bench", ..] => {}
+        _ => {
+            println!("not measured: cargo bench does that");
+            return Ok(());
+        }
+    }
+
+    let quick = std::env::var_os("SEALMOUNT_BENCH_QUICK").is_some();
+    let Some(sandbox) = Sandbox::new() else { return Ok(()) };
+    let bench = Bench {
+        effort: if quick { Effort::QUICK } else { Effort::FULL },
+        programs: Programs::find(),
+        mnt: sandbox.directory("mnt"),
+        tmpfs: sandbox.tmpfs("tmpfs"),
+        sandbox,
+    };
+
+    let mut report = Report::new(&bench.programs.versions);
+    digests::measure(&bench, &mut report);
+    memory::measure(&bench, &mut report)?;
+    for size in SIZES {
+        if quick && size > 100 * MIB || size as u64 > memory::available() / 4 {
+            report.skip(format!("images of {} MB: they take too long or too much", size / MIB));
+            continue;
+        }
+        let image = Image::create(&bench, size)?;
+        if size == MEASURED_SIZE {
+            parts::measure(&bench, &image, &mut report);
+            measures::measure_data_limit(&bench, &image, &mut report);
+        }
+        whole_process::measure(&bench, &image, &mut report);
+        image.remove()?;
+    }
+    whole_process::tabulate(&mut report);
+    measures::tabulate(&mut report);
+
+    println!("\n{}", report.to_text());
+    if !quick {
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+        fs::write(docs.join("benchmarks/figures.tsv"), report.to_tsv())?;
+        fs::write(docs.join("benchmarks/by-size.svg"), chart::by_size(&report))?;
+        let page = docs.join("benchmarks.md");
+        fs::write(&page, report.fill_in(&fs::read_to_string(&page)?))?;
+    }
+    Ok(())
+}

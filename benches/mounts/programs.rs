@@ -1,0 +1,82 @@
+//! The programs that are measured. Those that are not installed are left out.
+
+use std::ffi::OsString;
+use std::process::Command;
+
+/// A program, and arguments that come first: a loader, for one that is not installed.
+#[derive(Clone)]
+pub struct Program(Vec<OsString>);
+
+impl Program {
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(&self.0[0]);
+        command.args(&self.0[1..]);
+        command
+    }
+
+    /// What a variable names, its words separated by spaces.
+    fn from_environment(variable: &str) -> Option<Program> {
+        let words = std::env::var(variable).ok()?;
+        let words: Vec<_> = words.split_whitespace().map(OsString::from).collect();
+        (!words.is_empty()).then_some(Program(words))
+    }
+
+    /// What it prints when asked like this.
+    fn answer(&self, argument: &str) -> Option<String> {
+        let output = self.command().arg(argument).output().ok()?;
+        Some(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    }
+}
+
+pub struct Programs {
+    /// The helper as `cargo bench` builds it.
+    pub helper: Program,
+    /// `SEALMOUNT_BENCH_HELPER`: another build of it, a static one.
+    pub other_helper: Option<Program>,
+    /// `SEALMOUNT_BENCH_MOUNT_COMPOSEFS`, or in `PATH`: mount.composefs of composefs.
+    pub composefs: Option<Program>,
+    /// `SEALMOUNT_BENCH_COMPOSEFS_RS`, or in `PATH`: mount.composefs of composefs-rs.
+    pub composefs_rs: Option<Program>,
+    pub fsverity: Option<Program>,
+    pub openssl: Option<Program>,
+    pub zstd: Option<Program>,
+    pub xz: Option<Program>,
+    pub prlimit: Option<Program>,
+    /// What the programs say of themselves.
+    pub versions: Vec<String>,
+}
+
+impl Programs {
+    pub fn find() -> Programs {
+        let mut versions = Vec::new();
+        let mut find = |name: &str, version: &str| {
+            let program = Program(vec![name.into()]);
+            let answer = program.answer(version)?;
+            let version = answer.split([',', '\n']).next()?.split(" (Library").next()?;
+            versions.push(version.trim_start_matches(['*', ' ']).to_owned());
+            Some(program)
+        };
+        let (fsverity, openssl) = (find("fsverity", "--version"), find("openssl", "version"));
+        let (zstd, xz) = (find("zstd", "--version"), find("xz", "--version"));
+
+        // Three programs have this name. Their help tells them apart.
+        let in_path = |name: &str, of: &str| {
+            let program = Program(vec![name.into()]);
+            program.answer("--help")?.contains(of).then_some(program)
+        };
+        Programs {
+            helper: Program(vec![env!("CARGO_BIN_EXE_mount-composefs").into()]),
+            other_helper: Program::from_environment("SEALMOUNT_BENCH_HELPER"),
+            composefs: Program::from_environment("SEALMOUNT_BENCH_MOUNT_COMPOSEFS")
+                .or_else(|| in_path("mount.composefs", "[-t type] [-o opt")),
+            composefs_rs: Program::from_environment("SEALMOUNT_BENCH_COMPOSEFS_RS")
+                .or_else(|| in_path("mount.composefs", "Mount helper for composefs images")),
+            fsverity,
+            openssl,
+            zstd,
+            xz,
+            prlimit: in_path("prlimit", "resource limits"),
+            versions,
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! Compressed images: told apart by their first bytes, and read through decoders that other people
+//! keep.
+
+use std::fmt;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+
+use crate::image::read_at;
+
+/// How an image is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Compression {
+    /// [Zstandard](https://www.rfc-editor.org/rfc/rfc8878).
+    Zstd,
+    /// [xz](https://tukaani.org/xz/format.html).
+    Xz,
+    /// [gzip](https://www.rfc-editor.org/rfc/rfc1952).
+    Gzip,
+}
+
+impl Compression {
+    /// By the first bytes of a file.
+    pub(crate) fn of(start: &[u8]) -> Option<Compression> {
+        match start {
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Compression::Zstd),
+            // A skippable frame in front.
+            [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Some(Compression::Zstd),
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Some(Compression::Xz),
+            [0x1f, 0x8b, ..] => Some(Compression::Gzip),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Compression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Compression::Zstd => "zstd",
+            Compression::Xz => "xz",
+            Compression::Gzip => "gzip",
+        })
+    }
+}
+
+/// The memory that a decoder may take for what it refers back to, as a power of two: 128 MiB. It is
+/// the most that zstd takes without --long, and twice what xz -9 needs.
+#[cfg(any(feature = "zstd", feature = "xz"))]
+const WINDOW_LOG_MAX: u32 = 27;
+
+/// What is in a compressed file: all its frames, streams or members, one after the other. Garbage
+/// behind them, a wrong checksum or an end before the end is an error.
+///
+/// `None`: this build has no decoder for it.
+#[allow(unreachable_patterns, unused_variables)] // Without some of the features.
+pub(crate) fn decoder(
+    format: Compression,
+    file: &OwnedFd,
+) -> Option<io::Result<Box<dyn Read + '_>>> {
+    let reader = FileReader { file, offset: 0 };
+    match format {
+        #[cfg(feature = "zstd")]
+        Compression::Zstd => Some(zstd_decoder(reader)),
+        #[cfg(feature = "xz")]
+        Compression::Xz => Some(xz_decoder(reader)),
+        #[cfg(feature = "gzip")]
+        Compression::Gzip => Some(Ok(Box::new(flate2::read::MultiGzDecoder::new(reader)))),
+        _ => None,
+    }
+}
+
+#[cfg(feature = "zstd")]
+fn zstd_decoder(reader: FileReader<'_>) -> io::Result<Box<dyn Read + '_>> {
+    let mut decoder = zstd::stream::read::Decoder::new(reader)?;
+    decoder.window_log_max(WINDOW_LOG_MAX)?;
+    Ok(Box::new(decoder))
+}
+
+#[cfg(feature = "xz")]
+fn xz_decoder(reader: FileReader<'_>) -> io::Result<Box<dyn Read + '_>> {
+    use liblzma::stream::{CONCATENATED, Stream};
+    // A little more than the window is needed besides.
+    let memory_limit = (1 << WINDOW_LOG_MAX) + (1 << 20);
+    let stream = Stream::new_stream_decoder(memory_limit, CONCATENATED)?;
+    Ok(Box::new(liblzma::read::XzDecoder::new_stream(reader, stream)))
+}
+
+/// Reads a file from its start, whatever the position of its descriptor, which others may share.
+struct FileReader<'a> {
+    file: &'a OwnedFd,
+    offset: u64,
+}
+
+impl Read for FileReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = read_at(self.file, buffer, self.offset)?;
+        self.offset += length as u64;
+        Ok(length)
+    }
+}

@@ -1,0 +1,169 @@
+//! A compressed image's bytes into sealed memory, hashed on the way.
+
+use std::io::{ErrorKind, Read};
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{self, TrySendError};
+use std::sync::{Mutex, PoisonError};
+
+use crate::compression::decoder;
+use crate::copy::{check_digest, in_threads, threads, write_all_at};
+use crate::digest::{Algorithm, Digest, Hash, MerkleTree};
+use crate::error::{Error, KernelError, Operation};
+use crate::image::{CompressedImage, Header, ImageError};
+use crate::memory::{SealedMemory, UnsealedMemory};
+use crate::options::{Memory, SizeLimit};
+use crate::step::{Progress, Step};
+
+/// Decoding is the slowest part of it: more threads would have nothing to do.
+const HELPERS_MAX: usize = 3;
+
+/// Spans that wait for a thread. With one for each thread, this is the memory that it takes beside
+/// that of the decoder: 512 KiB each.
+const WAITING_MAX: usize = 2;
+
+/// Decompresses an image into memory of this kind and of at most `limit` bytes, and seals it; with
+/// `expected`, only if that is its digest.
+///
+/// The first bytes say how large the image is, so a stream that goes on behind that, or would take
+/// more than the limit, is refused as soon as it shows.
+pub(crate) fn into_memory(
+    image: &CompressedImage,
+    kind: Memory,
+    limit: Option<SizeLimit>,
+    expected: Option<Digest>,
+    steps: &mut dyn FnMut(Step),
+) -> Result<(SealedMemory, Header), Error> {
+    let wrong = |problem| Error::Image { image: image.name.clone(), problem };
+    let decoder = decoder(image.format, &image.file)
+        .ok_or_else(|| wrong(ImageError::CompressionUnsupported(image.format)))?
+        .map_err(|error| decompress_error(image, error))?;
+    let mut stream = Stream { image, decoder };
+
+    let algorithm = expected.map(|digest| digest.algorithm());
+    // Without an algorithm the spans are but a way to share the work.
+    let span_size = MerkleTree::new(algorithm.unwrap_or(Algorithm::Sha256), 0).span_size();
+    let first = stream.next(vec![0; span_size])?;
+    let header = Header::parse(&first).map_err(wrong)?;
+    let size = header.size();
+    let tree = MerkleTree::new(algorithm.unwrap_or(Algorithm::Sha256), size);
+    let memory = UnsealedMemory::create(kind, &image.name, size, limit)?;
+    let target = Target { image, memory: memory.file(), tree, is_hashed: algorithm.is_some() };
+
+    let mut progress = Progress::new(size, steps);
+    let check_size = |size| header.check_size(size).map_err(wrong);
+    let hashes = write_spans(&target, |write| {
+        let (mut piece, mut decoded, mut number) = (first, 0, 0);
+        // A span that is not full is the last.
+        loop {
+            let length = piece.len();
+            decoded += length as u64;
+            if decoded > size {
+                check_size(decoded)?;
+            }
+            let buffer = write(number, piece)?;
+            progress.at(decoded);
+            if length < span_size {
+                return check_size(decoded);
+            }
+            piece = stream.next(buffer)?;
+            number += 1;
+        }
+    })?;
+    check_digest(&image.name, size, hashes, expected)?;
+    Ok((memory.seal(&image.name)?, header))
+}
+
+/// The decompressed image.
+struct Stream<'a> {
+    image: &'a CompressedImage,
+    decoder: Box<dyn Read + 'a>,
+}
+
+impl Stream<'_> {
+    /// Fills the buffer; it is cut to what there is where the stream ends.
+    fn next(&mut self, mut buffer: Vec<u8>) -> Result<Vec<u8>, Error> {
+        let mut length = 0;
+        while length < buffer.len() {
+            match self.decoder.read(&mut buffer[length..]) {
+                Ok(0) => break,
+                Ok(more) => length += more,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(decompress_error(self.image, error)),
+            }
+        }
+        buffer.truncate(length);
+        Ok(buffer)
+    }
+}
+
+fn decompress_error(image: &CompressedImage, error: std::io::Error) -> Error {
+    Error::Decompress { image: image.name.clone(), format: image.format, error }
+}
+
+/// Where spans go.
+struct Target<'a> {
+    image: &'a CompressedImage,
+    memory: &'a OwnedFd,
+    tree: MerkleTree,
+    is_hashed: bool,
+}
+
+impl Target<'_> {
+    /// Writes a span, and hashes what it writes.
+    fn write(&self, number: u64, span: &[u8]) -> Result<Option<(u64, Hash)>, Error> {
+        let offset = number * self.tree.span_size() as u64;
+        write_all_at(self.memory, span, offset).map_err(|errno| {
+            KernelError::new(Operation::WriteMemory, errno).on(&self.image.name)
+        })?;
+        let hash = || {
+            let mut hasher = self.tree.span_hasher();
+            hasher.update(span);
+            (number, hasher.finish())
+        };
+        Ok((self.is_hashed && !span.is_empty()).then(hash))
+    }
+}
+
+/// Runs `decode` in this thread, with a function that takes a span and gives a buffer for the next.
+/// Other threads write and hash the spans; this one does where they have enough to do. Returns the
+/// hashes in the order of the spans.
+fn write_spans(
+    target: &Target,
+    decode: impl FnOnce(&mut dyn FnMut(u64, Vec<u8>) -> Result<Vec<u8>, Error>) -> Result<(), Error>,
+) -> Result<Vec<Hash>, Error> {
+    let span_size = target.tree.span_size();
+    let (sender, receiver) = mpsc::sync_channel::<(u64, Vec<u8>)>(WAITING_MAX);
+    let receiver = Mutex::new(receiver);
+    let (give_back, given_back) = mpsc::channel();
+    let work = || {
+        let mut hashes = Vec::new();
+        loop {
+            let next = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            // The decoder is done, and there is no span left.
+            let Ok((number, span)) = next else { return Ok(hashes) };
+            hashes.extend(target.write(number, &span)?);
+            // The decoder may be done.
+            let _ = give_back.send(span);
+        }
+    };
+    in_threads(threads().saturating_sub(1).clamp(1, HELPERS_MAX), &work, || {
+        let mut hashes = Vec::new();
+        let result = decode(&mut |number, span| {
+            let mut buffer = match sender.try_send((number, span)) {
+                Ok(()) => given_back.try_recv().unwrap_or_default(),
+                Err(TrySendError::Full(span) | TrySendError::Disconnected(span)) => {
+                    let (number, span) = span;
+                    hashes.extend(target.write(number, &span)?);
+                    span
+                }
+            };
+            buffer.resize(span_size, 0);
+            Ok(buffer)
+        });
+        // So that the others, and then this one, know where to stop.
+        drop(sender);
+        result?;
+        hashes.extend(work()?);
+        Ok(hashes)
+    })
+}

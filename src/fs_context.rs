@@ -1,0 +1,109 @@
+//! The mount API of Linux 5.2: [fsopen(2)], [fsconfig(2)] and [fsmount(2)], with what the kernel
+//! writes into the context's log in the error.
+//!
+//! [fsopen(2)]: https://man7.org/linux/man-pages/man2/fsopen.2.html
+//! [fsconfig(2)]: https://man7.org/linux/man-pages/man2/fsconfig.2.html
+//! [fsmount(2)]: https://man7.org/linux/man-pages/man2/fsmount.2.html
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, fsconfig_create, fsconfig_reconfigure,
+    fsconfig_set_fd, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick,
+};
+
+use crate::error::{KernelError, Operation};
+
+/// The longest string that fsconfig(2) takes, in bytes.
+pub(crate) const STRING_MAX: usize = 255;
+
+/// A file system that is being configured.
+pub(crate) struct FsContext {
+    fd: OwnedFd,
+    fs_type: &'static str,
+}
+
+impl FsContext {
+    pub fn open(fs_type: &'static str) -> Result<FsContext, KernelError> {
+        match fsopen(fs_type, FsOpenFlags::FSOPEN_CLOEXEC) {
+            Ok(fd) => Ok(FsContext { fd, fs_type }),
+            Err(errno) => Err(KernelError::new(Operation::OpenFileSystem, errno).on(fs_type)),
+        }
+    }
+
+    /// For the superblock of a mount that there is.
+    pub fn pick(fs_type: &'static str, mount: impl AsFd) -> Result<FsContext, KernelError> {
+        let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+        match fspick(mount, "", flags) {
+            Ok(fd) => Ok(FsContext { fd, fs_type }),
+            Err(errno) => Err(KernelError::new(Operation::OpenFileSystem, errno).on(fs_type)),
+        }
+    }
+
+    pub fn set_flag(&self, key: &str) -> Result<(), KernelError> {
+        fsconfig_set_flag(&self.fd, key).map_err(|errno| self.option_error(errno, key.into()))
+    }
+
+    pub fn set_string(&self, key: &str, value: impl AsRef<OsStr>) -> Result<(), KernelError> {
+        let value = value.as_ref();
+        fsconfig_set_string(&self.fd, key, value)
+            .map_err(|errno| self.option_error(errno, option_text(key, value)))
+    }
+
+    pub fn set_fd(&self, key: &str, fd: impl AsFd) -> Result<(), KernelError> {
+        fsconfig_set_fd(&self.fd, key, fd)
+            .map_err(|errno| self.option_error(errno, option_text(key, "a descriptor".as_ref())))
+    }
+
+    /// `FSCONFIG_CMD_CREATE`: makes the superblock. A context that failed here is of no more use.
+    pub fn create(&self) -> Result<(), KernelError> {
+        fsconfig_create(&self.fd).map_err(|errno| self.error(Operation::CreateSuperblock, errno))
+    }
+
+    /// `FSCONFIG_CMD_RECONFIGURE`: changes the superblock of a context made by [`FsContext::pick`].
+    pub fn reconfigure(&self) -> Result<(), KernelError> {
+        fsconfig_reconfigure(&self.fd).map_err(|errno| self.error(Operation::SealMemory, errno))
+    }
+
+    /// The detached mount of the superblock.
+    pub fn mount(self, attributes: MountAttrFlags) -> Result<OwnedFd, KernelError> {
+        fsmount(&self.fd, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+            .map_err(|errno| self.error(Operation::CreateMount, errno))
+    }
+
+    fn option_error(&self, errno: Errno, option: OsString) -> KernelError {
+        let mut error = self.error(Operation::SetOption, errno);
+        error.object = Some(option.into());
+        error
+    }
+
+    fn error(&self, operation: Operation, errno: Errno) -> KernelError {
+        let error = KernelError::new(operation, errno).on(self.fs_type);
+        KernelError { log: self.read_log(), ..error }
+    }
+
+    /// The messages in the context's log, each without the letter of its severity. Reading takes
+    /// them out.
+    fn read_log(&self) -> Vec<String> {
+        let mut messages = Vec::new();
+        let mut buffer = [0; 1024];
+        // One message a read, ENODATA after the last; the kernel keeps eight at most.
+        while let Ok(length @ 1..) = rustix::io::read(&self.fd, &mut buffer) {
+            let text = String::from_utf8_lossy(&buffer[..length]);
+            let text = text.trim_end();
+            let severities = ["e ", "w ", "i "];
+            let message = severities.iter().find_map(|letter| text.strip_prefix(letter));
+            messages.push(message.unwrap_or(text).to_owned());
+        }
+        messages
+    }
+}
+
+fn option_text(key: &str, value: &OsStr) -> OsString {
+    let mut text = OsString::from(key);
+    text.push("=");
+    text.push(value);
+    text
+}

@@ -1,0 +1,86 @@
+//! A file as a loop device.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::io::Errno;
+
+use crate::error::{Error, KernelError, Operation};
+use crate::image::BLOCK_SIZE;
+
+/// How often a device is tried before giving up. Waits included, about four seconds.
+const ATTEMPTS: u32 = 1000;
+const LONGEST_WAIT: Duration = Duration::from_millis(8);
+
+/// A loop device with a file attached, read-only. The kernel lets go of the file when the device
+/// is closed by its last user: this value, or the mount of it.
+#[derive(Debug)]
+pub(crate) struct LoopDevice {
+    /// Keeps the device until it is mounted.
+    _device: OwnedFd,
+    pub path: PathBuf,
+}
+
+impl LoopDevice {
+    /// `name` is what `LOOP_GET_STATUS64` shows.
+    pub fn attach(file: impl AsFd, name: &[u8]) -> Result<LoopDevice, Error> {
+        let control = Path::new("/dev/loop-control");
+        let control_error = |errno| KernelError::new(Operation::FindLoopDevice, errno).on(control);
+        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let control = openat(CWD, control, flags, Mode::empty()).map_err(control_error)?;
+
+        let mut attempts = 0;
+        loop {
+            // Only a proposal. Until LOOP_CONFIGURE succeeds others may take the device, remove
+            // it, or, where udev makes the nodes, be about to make it.
+            let number = match sealmount_sys::loop_device::get_free(&control) {
+                Err(Errno::AGAIN | Errno::INTR) if attempts < ATTEMPTS => {
+                    attempts += 1;
+                    wait(attempts);
+                    continue;
+                }
+                answer => answer.map_err(control_error)?,
+            };
+            let path = PathBuf::from(format!("/dev/loop{number}"));
+            let error = match try_attach(&path, &file, name) {
+                Ok(device) => return Ok(LoopDevice { _device: device, path }),
+                Err(error) => error,
+            };
+            attempts += 1;
+            let is_race = matches!(
+                error.errno,
+                Errno::BUSY
+                    | Errno::AGAIN
+                    | Errno::INTR
+                    | Errno::NXIO
+                    | Errno::NODEV
+                    | Errno::NOENT
+            );
+            if !is_race {
+                return Err(error.on(path).into());
+            }
+            if attempts >= ATTEMPTS {
+                return Err(Error::NoLoopDevice { attempts, device: path, errno: error.errno });
+            }
+            wait(attempts);
+        }
+    }
+}
+
+fn try_attach(path: &Path, file: impl AsFd, name: &[u8]) -> Result<OwnedFd, KernelError> {
+    let device = openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| KernelError::new(Operation::OpenLoopDevice, errno))?;
+    sealmount_sys::loop_device::configure(&device, file, BLOCK_SIZE, name)
+        .map_err(|errno| KernelError::new(Operation::ConfigureLoopDevice, errno))?;
+    Ok(device)
+}
+
+/// Waits longer with every attempt, and not as long as the others that try the same at this moment.
+fn wait(attempt: u32) {
+    let clock = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let at_most = LONGEST_WAIT.min(Duration::from_micros(100) * attempt);
+    let percent = clock.subsec_nanos() / 16 % 100;
+    std::thread::sleep(at_most * percent / 100);
+}

@@ -1,0 +1,320 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn parse(text: &str) -> Result<MountOptions, OptionsError> {
+    MountOptions::parse(text)
+}
+
+/// `text` beside a basedir.
+fn with_basedir(text: &str) -> MountOptions {
+    parse(&format!("basedir=/o,{text}")).unwrap()
+}
+
+fn paths(options: &MountOptions) -> Vec<String> {
+    options.basedirs.iter().map(Location::to_string).collect()
+}
+
+const SHA256: &str = "9ddad2ef1b11a869370e222a70507d0c94ab025fdb2f62e8bd15b9345fb5f5c1";
+
+#[test]
+fn basedirs_are_split_and_unescaped() {
+    assert_eq!(paths(&parse("basedir=/a").unwrap()), ["/a"]);
+    assert_eq!(paths(&parse("basedir=/a:/b:c").unwrap()), ["/a", "/b", "c"]);
+    assert_eq!(paths(&parse(r"basedir=/a\:b\,c\\d:/e=f").unwrap()), [r"/a:b,c\d", "/e=f"]);
+}
+
+#[test]
+fn what_is_wrong_is_refused_by_name() {
+    let error = |text: &str| parse(&format!("basedir=/o,{text}")).unwrap_err();
+    let unknown = |name: &str| OptionsError::Unknown(name.into());
+    assert_eq!(error("bsedir=/a"), unknown("bsedir"));
+    assert_eq!(error("loop"), unknown("loop"));
+    assert_eq!(error("=x"), unknown(""));
+    assert_eq!(error("RO"), unknown("RO"));
+    assert_eq!(error(" ro"), unknown(" ro"));
+    assert_eq!(error("remount"), unknown("remount"));
+    for (text, option) in [
+        ("basedir", "basedir"),
+        ("basedir=", "basedir"),
+        ("basedir=/a:", "basedir"),
+        ("basedir=/a::/b", "basedir"),
+        ("digest", "digest"),
+        ("digest=", "digest"),
+        ("copy=", "copy"),
+        ("idmap", "idmap"),
+        ("upperdir=", "upperdir"),
+        ("context=", "context"),
+        ("comment", "comment"),
+    ] {
+        assert_eq!(error(text), OptionsError::NeedsValue(option), "{text}");
+    }
+    for (text, option) in [
+        ("ro=1", "ro"),
+        ("verity=require", "verity"),
+        ("noverity=", "noverity"),
+        ("nosuid=yes", "nosuid"),
+        ("suid=", "suid"),
+        ("nofail=1", "nofail"),
+        ("user=me", "user"),
+        ("noatime=1", "noatime"),
+        ("sync=1", "sync"),
+    ] {
+        assert_eq!(error(text), OptionsError::TakesNoValue(option), "{text}");
+    }
+    assert!(matches!(error("copy=disk"), OptionsError::BadValue { option: "copy", .. }));
+    for size in ["x", "1t", "-1", "101%", "k", "1kk", "1 k", "20000000000g", "0x10", "1.5g"] {
+        let error = error(&format!("copy,size={size}"));
+        assert!(matches!(error, OptionsError::BadValue { option: "size", .. }), "{size}: {error}");
+    }
+    assert_eq!(error("size=1"), OptionsError::SizeWithoutCopy);
+    assert!(matches!(error("digest=abc"), OptionsError::Digest(_)));
+    assert_eq!(error("upperdir=/u"), OptionsError::UpperWithoutWork);
+    assert_eq!(error("workdir=/w"), OptionsError::WorkWithoutUpper);
+    assert_eq!(error("ro\\"), OptionsError::TrailingBackslash);
+    assert_eq!(error("x-a\0"), OptionsError::Nul);
+    assert_eq!(parse(""), Err(OptionsError::NoBasedir));
+    assert_eq!(parse("ro"), Err(OptionsError::NoBasedir));
+}
+
+#[test]
+fn a_later_option_replaces_an_earlier_one() {
+    assert_eq!(paths(&parse("basedir=/a,basedir=/b:/c").unwrap()), ["/b", "/c"]);
+    for (text, read_only) in [("", false), ("ro", true), ("ro,rw", false), ("rw,ro", true)] {
+        assert_eq!(with_basedir(text).read_only, read_only, "{text}");
+    }
+    for (text, atime) in [
+        ("noatime,relatime", Atime::Relatime),
+        ("noatime,strictatime", Atime::Strictatime),
+        ("strictatime,atime", Atime::Strictatime),
+        ("noatime,atime", Atime::Relatime),
+        ("strictatime,nostrictatime", Atime::Relatime),
+        ("noatime,nostrictatime", Atime::Noatime),
+    ] {
+        assert_eq!(with_basedir(text).atime, atime, "{text}");
+    }
+    let upper = with_basedir("upperdir=/u,workdir=/w,upperdir=/v").upper.unwrap();
+    assert_eq!((upper.upperdir, upper.workdir), ("/v".into(), "/w".into()));
+}
+
+#[test]
+fn sizes_have_units() {
+    for (text, size) in [
+        ("0", SizeLimit::Bytes(0)),
+        ("123", SizeLimit::Bytes(123)),
+        ("4k", SizeLimit::Bytes(4096)),
+        ("4K", SizeLimit::Bytes(4096)),
+        ("3m", SizeLimit::Bytes(3 << 20)),
+        ("2G", SizeLimit::Bytes(2 << 30)),
+        ("18446744073709551615", SizeLimit::Bytes(u64::MAX)),
+        ("100%", SizeLimit::Percent(100)),
+    ] {
+        assert_eq!(with_basedir(&format!("copy,size={text}")).size, Some(size), "{text}");
+    }
+}
+
+#[test]
+fn digests_that_differ_are_refused() {
+    let upper = SHA256.to_uppercase();
+    with_basedir(&format!("digest={SHA256},digest=sha256:{upper}"));
+    let other = "0".repeat(64);
+    let text = format!("basedir=/o,digest={SHA256},digest={other}");
+    assert_eq!(parse(&text), Err(OptionsError::TwoDigests));
+}
+
+#[test]
+fn a_digest_implies_verity_unless_noverity_is_last() {
+    for (text, verity) in [
+        ("", Verity::Off),
+        ("verity", Verity::Require),
+        ("tryverity", Verity::Try),
+        ("verity,noverity", Verity::Off),
+        ("noverity,tryverity", Verity::Try),
+        ("digest", Verity::Require),
+        ("digest,tryverity", Verity::Require),
+        ("tryverity,digest", Verity::Require),
+        ("digest,noverity", Verity::Off),
+        ("noverity,digest", Verity::Off),
+        ("noverity,digest,verity", Verity::Require),
+        ("noverity,digest,tryverity", Verity::Require),
+    ] {
+        let options = with_basedir(&text.replace("digest", &format!("digest={SHA256}")));
+        assert_eq!(options.effective_verity(), verity, "{text}");
+    }
+}
+
+#[test]
+fn user_mounts_imply_what_mount_8_lets_them_imply() {
+    use MountAttributes as A;
+    for (text, attributes) in [
+        ("user", A::NOSUID | A::NODEV | A::NOEXEC),
+        ("users", A::NOSUID | A::NODEV | A::NOEXEC),
+        ("owner", A::NOSUID | A::NODEV),
+        ("group", A::NOSUID | A::NODEV),
+        ("user,exec", A::NOSUID | A::NODEV),
+        ("exec,user", A::NOSUID | A::NODEV | A::NOEXEC),
+        // As libmount 2.38 passes "user,suid".
+        ("rw,nodev,noexec,user,suid", A::NODEV | A::NOEXEC),
+        ("nosuid,nodev,noexec,nosymfollow,suid,dev,exec,symfollow", A::empty()),
+    ] {
+        assert_eq!(with_basedir(text).attributes, attributes, "{text}");
+    }
+}
+
+#[test]
+fn what_fstab_holds_has_no_effect() {
+    let text = "defaults,auto,noauto,nofail,_netdev,x-systemd.automount,X-mount.mkdir=0755,\
+                comment=a\\,b,silent,loud,nouser,async,,symfollow";
+    assert_eq!(with_basedir(text), with_basedir(""));
+}
+
+#[test]
+fn sloppy_sets_aside_only_what_is_unknown() {
+    let sloppy = MountOptions::parse_sloppy("basedir=/o,frobnicate=1,ro,quux").unwrap();
+    assert_eq!(sloppy.unknown, ["frobnicate", "quux"]);
+    assert_eq!(sloppy.options, with_basedir("ro"));
+    assert!(MountOptions::parse_sloppy("basedir=/o,ro=1").is_err());
+}
+
+fn locations() -> impl Strategy<Value = Location> {
+    // Paths are bytes, with the special ones often.
+    let byte = prop_oneof![
+        3 => 1..=255u8,
+        2 => prop::sample::select(br"\,:=/.".to_vec()),
+    ];
+    prop::collection::vec(byte, 1..12)
+        .prop_map(|bytes| Location::Path(OsString::from_vec(bytes).into()))
+}
+
+prop_compose! {
+    fn option_sets()(
+        basedirs in prop::collection::vec(locations(), 1..4),
+        digest in proptest::option::of(prop_oneof![
+            any::<[u8; 32]>().prop_map(Digest::Sha256),
+            any::<[u8; 64]>().prop_map(Digest::Sha512),
+        ]),
+        verity in proptest::option::of(prop::sample::select(vec![
+            Verity::Require, Verity::Try, Verity::Off,
+        ])),
+        copy in proptest::option::of((
+            prop::sample::select(vec![Memory::Memfd, Memory::Ramfs]),
+            proptest::option::of(prop_oneof![
+                any::<u64>().prop_map(SizeLimit::Bytes),
+                (0..=100u8).prop_map(SizeLimit::Percent),
+            ]),
+        )),
+        idmap in proptest::option::of(locations()),
+        upper in proptest::option::of((locations(), locations())),
+        read_only: bool,
+        attributes: u32,
+        atime in prop::sample::select(vec![Atime::Relatime, Atime::Noatime, Atime::Strictatime]),
+        superblock_flags: u32,
+        selinux_contexts in prop::array::uniform4(proptest::option::of("[^\0]{1,20}")),
+    ) -> MountOptions {
+        MountOptions {
+            basedirs,
+            digest,
+            verity,
+            copy: copy.map(|(memory, _)| memory),
+            size: copy.and_then(|(_, size)| size),
+            idmap,
+            upper: upper.map(|(upperdir, workdir)| UpperLayer { upperdir, workdir }),
+            read_only,
+            attributes: MountAttributes::from_bits_truncate(attributes),
+            atime,
+            superblock_flags: SuperblockFlags::from_bits_truncate(superblock_flags),
+            selinux_contexts: selinux_contexts.map(|context| context.map(OsString::from)),
+            source: None,
+        }
+    }
+}
+
+/// Text that is likely to be options, or nearly.
+fn texts() -> impl Strategy<Value = OsString> {
+    let piece = prop_oneof![
+        4 => prop::sample::select(vec![
+            "basedir=/o", "ro", "rw", "copy", "copy=memfd", "copy=ramfs", "size=1m", "size=5%", "verity", "noverity", "nosuid", "suid",
+            "noatime", "x-y=z", "sync", "upperdir=/u", "workdir=/w", "comment=c", "idmap=/i", "user",
+        ]).prop_map(|text| text.as_bytes().to_vec()),
+        4 => prop::sample::select(br"\\\,,,::=".chunks(1).map(<[u8]>::to_vec).collect::<Vec<_>>()),
+        1 => prop::collection::vec(any::<u8>(), 0..6),
+    ];
+    prop::collection::vec(piece, 0..20)
+        .prop_map(|pieces| OsString::from_vec(pieces.into_iter().flatten().collect()))
+}
+
+/// A name, and a value if there is one.
+type NaiveToken = (Vec<u16>, Option<Vec<u16>>);
+
+/// A second reading of the grammar, as naive as can be: escaped characters are first replaced by
+/// code points of their own (the byte plus 256), so that plain splitting does the rest.
+fn naive_tokens(text: &[u8]) -> Option<Vec<NaiveToken>> {
+    let mut characters = Vec::new();
+    let mut escaped = false;
+    for byte in text {
+        match (escaped, byte) {
+            (_, 0) => return None,
+            (false, b'\\') => escaped = true,
+            (false, byte) => characters.push(u16::from(*byte)),
+            (true, byte) => {
+                characters.push(u16::from(*byte) + 256);
+                escaped = false;
+            }
+        }
+    }
+    if escaped {
+        return None;
+    }
+    let split = |character: u16| {
+        characters.split(move |other| *other == character).filter(|token| !token.is_empty())
+    };
+    Some(
+        split(u16::from(b','))
+            // An escaped "=" in a name is not a separator for us: names hold no backslash.
+            .map(|token| {
+                let equals = |c: &u16| *c % 256 == u16::from(b'=');
+                match token.iter().position(equals) {
+                    Some(at) => (token[..at].to_vec(), Some(token[at + 1..].to_vec())),
+                    None => (token.to_vec(), None),
+                }
+            })
+            .collect(),
+    )
+}
+
+proptest! {
+    #[test]
+    fn any_option_set_survives_print_and_parse(options in option_sets()) {
+        prop_assert_eq!(MountOptions::parse(options.to_text()), Ok(options));
+    }
+
+    #[test]
+    fn arbitrary_text_never_panics(bytes: Vec<u8>) {
+        let _ = MountOptions::parse_sloppy(OsStr::from_bytes(&bytes));
+    }
+
+    #[test]
+    fn what_parses_survives_print_and_parse(text in texts()) {
+        if let Ok(options) = MountOptions::parse(&text) {
+            prop_assert_eq!(MountOptions::parse(options.to_text()), Ok(options));
+        }
+    }
+
+    #[test]
+    fn tokens_agree_with_a_naive_reading(text in texts()) {
+        let naive = naive_tokens(text.as_bytes());
+        match tokens(text.as_bytes()) {
+            Err(_) => prop_assert_eq!(naive, None),
+            Ok(tokens) => {
+                let plain = |bytes: Vec<u16>| bytes.iter().map(|c| *c as u8).collect::<Vec<u8>>();
+                let naive: Vec<_> = naive.unwrap().into_iter()
+                    .map(|(name, value)| (plain(name), value.map(plain)))
+                    .collect();
+                let tokens: Vec<_> = tokens.iter()
+                    .map(|token| (unescape(token.name), token.value.map(unescape)))
+                    .collect();
+                prop_assert_eq!(tokens, naive);
+            }
+        }
+    }
+}

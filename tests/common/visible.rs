@@ -1,0 +1,58 @@
+//! What can be seen of mounts and loop devices. The tests of the virtual machines use this file too.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A line of /proc/thread-self/mountinfo.
+#[derive(Debug, PartialEq)]
+pub struct Mount {
+    pub mount_point: PathBuf,
+    /// Of the mount, then of the superblock.
+    pub options: Vec<String>,
+    pub fs_type: String,
+    pub source: String,
+}
+
+/// The mounts in the namespace of this thread.
+pub fn mounts() -> Vec<Mount> {
+    let parse = |line: &str| {
+        let (mount, superblock) = line.split_once(" - ").unwrap();
+        let mount: Vec<_> = mount.split(' ').collect();
+        let superblock: Vec<_> = superblock.split(' ').collect();
+        let options = mount[5].split(',').chain(superblock[2].split(','));
+        Mount {
+            mount_point: unescape(mount[4]).into(),
+            options: options.map(unescape).collect(),
+            fs_type: superblock[0].into(),
+            source: unescape(superblock[1]),
+        }
+    };
+    fs::read_to_string("/proc/thread-self/mountinfo").unwrap().lines().map(parse).collect()
+}
+
+/// The kernel writes space and the like as three octal digits.
+fn unescape(text: &str) -> String {
+    let mut parts = text.split('\\');
+    let mut plain = parts.next().unwrap().to_owned();
+    for part in parts {
+        plain.push(char::from(u8::from_str_radix(&part[..3], 8).unwrap()));
+        plain.push_str(&part[3..]);
+    }
+    plain
+}
+
+/// The mount on top of a directory.
+pub fn mount_at(mount_point: &Path) -> Option<Mount> {
+    mounts().into_iter().rfind(|mount| mount.mount_point == mount_point)
+}
+
+/// The backing files of the loop devices in use whose name contains `text`.
+pub fn loop_devices(text: &str) -> Vec<String> {
+    fs::read_dir("/sys/block")
+        .unwrap()
+        .filter_map(|device| {
+            fs::read_to_string(device.unwrap().path().join("loop/backing_file")).ok()
+        })
+        .filter(|backing_file| backing_file.contains(text))
+        .collect()
+}

@@ -1,0 +1,210 @@
+//! Compressed images, made by the programs that users have, through `copy`.
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use common::{Sandbox, V1, V2, assert_is_manifest, large_image};
+use proptest::prelude::*;
+use sealmount::{
+    Algorithm, Compression, Error, ImageError, Memory, MountOptions, SizeLimit, Step,
+    compute_digest,
+};
+
+const PROGRAMS: [(Compression, &[&str]); 3] = [
+    (Compression::Zstd, &["zstd", "-19", "-c"]),
+    (Compression::Xz, &["xz", "-c"]),
+    (Compression::Gzip, &["gzip", "-c"]),
+];
+
+/// What a program makes of these bytes.
+fn through(program: &[&str], input: &[u8]) -> Vec<u8> {
+    let mut child = Command::new(program[0])
+        .args(&program[1..])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{}: {error}", program[0]));
+    let mut stdin = child.stdin.take().unwrap();
+    let output = std::thread::scope(|scope| {
+        scope.spawn(move || stdin.write_all(input).unwrap());
+        child.wait_with_output().unwrap()
+    });
+    assert!(output.status.success());
+    output.stdout
+}
+
+fn options(digest: bool) -> MountOptions {
+    let mut options = V1.copy_options();
+    options.digest = digest.then(|| V1.digest());
+    options
+}
+
+/// The error of mounting this.
+fn refused(sandbox: &Sandbox, options: &MountOptions, content: &[u8]) -> Error {
+    match options.mount(sandbox.file("refused", content)) {
+        Err(error) => error,
+        Ok(_) => panic!("mounted"),
+    }
+}
+
+#[test]
+fn every_format_is_mounted() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mnt = sandbox.directory("mnt");
+    for (format, program) in PROGRAMS {
+        for fixture in [V1, V2] {
+            for memory in [Memory::Memfd, Memory::Ramfs] {
+                let compressed = through(program, &fs::read(fixture.image()).unwrap());
+                let image = sandbox.file("image", &compressed);
+                let mut options = fixture.copy_options();
+                options.copy = Some(memory);
+                let mut steps = Vec::new();
+                let mount = options.mount_with(&image, &mut |step| steps.push(step)).unwrap();
+                assert!(matches!(
+                    steps[0],
+                    Step::ImageOpened { compression: Some(found), .. } if found == format,
+                ));
+                mount.attach(&mnt).unwrap();
+                fs::remove_file(image).unwrap();
+                assert_is_manifest(&mnt);
+                common::umount(&mnt);
+            }
+        }
+    }
+}
+
+#[test]
+fn images_of_many_spans_are_hashed_as_they_are() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    // Around the spans of both algorithms, and more of them than threads can be waiting.
+    for size in [256 << 10, 512 << 10, (512 << 10) + 4096, 9 << 20, (9 << 20) - 4096] {
+        let image = large_image(size);
+        for (_, program) in PROGRAMS {
+            let path = sandbox.file("large", &through(&[program[0], "-1", "-c"], &image));
+            for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
+                let mut options = options(false);
+                options.digest = Some(compute_digest(algorithm, &image));
+                options.mount(&path).unwrap_or_else(|error| panic!("{size} {program:?}: {error}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn frames_are_taken_together() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let image = fs::read(V1.image()).unwrap();
+    let (one, other) = image.split_at(5000);
+    for (_, program) in PROGRAMS {
+        let frames = [through(program, one), through(program, b""), through(program, other)];
+        options(true).mount(sandbox.file("frames", &frames.concat())).unwrap();
+    }
+    // Skippable frames: a magic number, a length, and what is skipped.
+    let skippable = [&[0x5a, 0x2a, 0x4d, 0x18, 3, 0, 0, 0][..], b"abc"].concat();
+    let zstd = through(PROGRAMS[0].1, &image);
+    let frames = [&skippable, &zstd, &skippable].map(Vec::as_slice).concat();
+    options(true).mount(sandbox.file("skippable", &frames)).unwrap();
+}
+
+#[test]
+fn without_copy_it_is_refused() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    for (format, program) in PROGRAMS {
+        let compressed = through(program, &fs::read(V1.image()).unwrap());
+        let mut options = options(false);
+        options.copy = None;
+        let error = refused(&sandbox, &options, &compressed);
+        let Error::Image { problem: ImageError::Compressed(found), .. } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!(*found, format);
+        assert!(error.hint().unwrap().contains("copy"));
+    }
+}
+
+#[test]
+fn what_is_cut_off_or_goes_on_is_refused() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let image = fs::read(V1.image()).unwrap();
+    for (_, program) in PROGRAMS {
+        let whole = through(program, &image);
+        for length in [8, whole.len() / 3, whole.len() - 5, whole.len() - 1] {
+            let error = refused(&sandbox, &options(false), &whole[..length]);
+            assert!(matches!(error, Error::Decompress { .. }), "{length}: {error}");
+        }
+        for garbage in [&b"garbage behind the end of it"[..], b"\x7f"] {
+            let error = refused(&sandbox, &options(false), &[&whole, garbage].concat());
+            assert!(matches!(error, Error::Decompress { .. }), "{garbage:?}: {error}");
+        }
+        // A sound stream of something else, or of too little, or of too much.
+        let error = refused(&sandbox, &options(false), &through(program, &image[..8192]));
+        assert!(
+            matches!(error, Error::Image { problem: ImageError::TooShort { .. }, .. }),
+            "{error}",
+        );
+        let more = [image.as_slice(), &[0; 4096]].concat();
+        let error = refused(&sandbox, &options(false), &through(program, &more));
+        assert!(
+            matches!(error, Error::Image { problem: ImageError::TooLong { .. }, .. }),
+            "{error}",
+        );
+        let error = refused(&sandbox, &options(false), &through(program, &[7; 100_000]));
+        assert!(matches!(error, Error::Image { problem: ImageError::NotComposefs, .. }), "{error}");
+        let error = refused(&sandbox, &options(false), &through(program, b""));
+        assert!(matches!(error, Error::Image { problem: ImageError::Empty, .. }), "{error}");
+    }
+}
+
+#[test]
+fn a_bomb_is_refused_before_it_goes_off() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    // A gigabyte of zeros behind the image.
+    let mut bomb = fs::read(V1.image()).unwrap();
+    bomb.resize(1 << 30, 0);
+    let bombs = [&["zstd", "-c"][..], &["gzip", "-1", "-c"]].map(|program| through(program, &bomb));
+    for bomb in &bombs {
+        let error = refused(&sandbox, &options(false), bomb);
+        let Error::Image { problem: ImageError::TooLong { size, .. }, .. } = error else {
+            panic!("{error}");
+        };
+        assert!(size < 1 << 20, "{size} bytes were decompressed before it was noticed");
+    }
+    // One that says how large it is.
+    bomb[1060..1064].copy_from_slice(&(1u32 << 18).to_le_bytes());
+    let bomb = through(&["zstd", "-1", "-c"], &bomb);
+    let mut options = options(false);
+    options.size = Some(SizeLimit::Bytes(100 << 20));
+    let error = refused(&sandbox, &options, &bomb);
+    assert!(matches!(error, Error::NotEnoughMemory { size: 0x4000_0000, .. }), "{error}");
+}
+
+#[test]
+fn a_window_beyond_the_limit_is_refused() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    // --long=31 makes zstd say that two gigabytes are referred back to, if the size is not known.
+    let image = fs::read(V1.image()).unwrap();
+    let wide = through(&["zstd", "--long=31", "-c"], &image);
+    let error = refused(&sandbox, &options(false), &wide);
+    assert!(matches!(error, Error::Decompress { .. }), "{error}");
+}
+
+#[test]
+fn damage_never_passes() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let image = fs::read(V1.image()).unwrap();
+    let compressed = PROGRAMS.map(|(_, program)| through(program, &image));
+    let damage = (0..3usize, any::<prop::sample::Index>(), 1..=255u8);
+    proptest!(ProptestConfig::with_cases(300), |((format, at, flip) in damage)| {
+        let mut damaged = compressed[format].clone();
+        let at = at.index(damaged.len());
+        damaged[at] ^= flip;
+        let path = sandbox.file("damaged", &damaged);
+        // A header's unused bits may change; what is mounted then is the image all the same.
+        let mounted = options(true).mount(&path).is_ok();
+        let without_digest = options(false).mount(&path).is_ok();
+        prop_assert_eq!(mounted, without_digest, "a checksum lets pass what the digest does not");
+    });
+}

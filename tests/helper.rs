@@ -1,0 +1,287 @@
+//! mount.composefs: called directly, and by mount(8).
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use common::{
+    Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, mount_at, mount_composefs, mounts,
+    run, umount, umount_8,
+};
+
+fn basedir() -> String {
+    format!("basedir={}", V1.objects().display())
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// Runs the helper, which must exit with `status` and say each of `texts`.
+fn fails(arguments: &[&str], status: i32, texts: &[&str]) {
+    let output = mount_composefs(arguments);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(status), "{arguments:?}: {message}");
+    assert!(message.starts_with("mount.composefs: "), "{message}");
+    for text in texts {
+        assert!(message.contains(text), "{text:?} is not in {message:?}");
+    }
+}
+
+fn succeeds(arguments: &[&str]) -> Output {
+    let output = mount_composefs(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+    output
+}
+
+#[test]
+fn incorrect_calls_exit_with_1() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
+    let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+    let basedir = &basedir();
+    fails(&[], 1, &["two operands", "0 given", "--help"]);
+    fails(&[image], 1, &["1 given"]);
+    fails(&[image, mnt, mnt, "-o", basedir], 1, &["3 given"]);
+    fails(&[image, mnt], 1, &["basedir= is missing"]);
+    fails(&[image, mnt, "-o"], 1, &["-o"]);
+    fails(&[image, mnt, "-x", "-o", basedir], 1, &["-x"]);
+    fails(&[image, mnt, "-t", "ext4", "-o", basedir], 1, &["ext4"]);
+    fails(&[image, mnt, "-o", basedir, "-o", "frobnicate"], 1, &["unknown option frobnicate"]);
+    fails(&[image, mnt, "-o", basedir, "-o", "digest=12"], 1, &["digest="]);
+    fails(&[image, mnt, "-o", basedir, "-N", "/dev/null"], 32, &["/dev/null", "namespace"]);
+}
+
+#[test]
+fn mounts_that_fail_exit_with_32_and_say_why() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mnt = sandbox.directory("mnt");
+    let (mnt, basedir) = (mnt.to_str().unwrap(), &basedir());
+    let image = V1.image();
+    let image = image.to_str().unwrap();
+    let no_image = sandbox.file("text", b"hello\n".repeat(1000).as_slice());
+    let missing = sandbox.path("missing");
+    let (no_image, missing) = (no_image.to_str().unwrap(), missing.to_str().unwrap());
+    let wrong = format!("{basedir},copy,noverity,digest={}", "0".repeat(64));
+    let unverified = format!("{basedir},noverity,digest={}", V1.digest);
+
+    fails(&[no_image, mnt, "-o", basedir], 32, &[no_image, "not a composefs image"]);
+    fails(&[missing, mnt, "-o", basedir], 32, &[missing, "No such file or directory"]);
+    fails(&[image, missing, "-o", basedir], 32, &["mount point", missing, "hint: "]);
+    fails(&[image, mnt, "-o", &format!("basedir={missing}")], 32, &["object directory", missing]);
+    fails(&[image, mnt, "-o", &wrong], 32, &[image, V1.digest, &"0".repeat(64), "hint: "]);
+    fails(&[image, mnt, "-o", &unverified], 32, &[image, "hint: add the option copy"]);
+    fails(&[image, mnt, "-o", basedir, "-o", "verity"], 32, &["fs-verity", "hint: "]);
+    assert!(mount_at(Path::new(mnt)).is_none());
+}
+
+#[test]
+fn without_permission_it_says_so() {
+    let Some(_sandbox) = Sandbox::new() else { return };
+    // Where an ordinary user gets at the files, wherever the project was checked out: that may be
+    // below this directory, so they are read first.
+    let directory = Path::new("/tmp");
+    let (helper, image) = (directory.join("mount.composefs"), directory.join("image.cfs"));
+    let contents = [env!("CARGO_BIN_EXE_mount-composefs").into(), V1.image()].map(fs::read);
+    run("mount", ["-t", "tmpfs", "tmpfs", "/tmp"]);
+    for (path, content) in [&helper, &image].into_iter().zip(contents) {
+        fs::write(path, content.unwrap()).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let nobody = |options: &str| {
+        std::process::Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+            .args([helper.as_path(), &image, directory])
+            .args(["-o", &format!("basedir=/tmp,{options}")])
+            .output()
+            .unwrap()
+    };
+    for options in ["ro", "copy"] {
+        let output = nobody(options);
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(1), "{options}: {message}");
+        assert!(message.contains("hint: mounting takes root"), "{options}: {message}");
+    }
+}
+
+#[test]
+fn operands_and_options_come_in_any_order() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
+    let (i, d) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+    let b = &basedir();
+    let joined = &format!("-o{b}");
+    for arguments in [
+        vec!["-o", b, i, d],
+        vec![i, "-o", b, d],
+        vec![i, d, "-n", "-t", "composefs.sub", "-o", "rw,nosuid", "-o", b],
+        vec!["-snv", joined, "--", i, d],
+    ] {
+        succeeds(&arguments);
+        assert_is_manifest(&mnt);
+        umount(&mnt);
+    }
+}
+
+#[test]
+fn fake_does_everything_but_attach() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let image = sandbox.path("fake.cfs");
+    fs::copy(V1.image(), &image).unwrap();
+    let mnt = sandbox.directory("mnt");
+    let before = format!("{:?}", mounts());
+    let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+    let options = format!("{},copy,noverity,digest={}", basedir(), V1.digest);
+    let said = stderr(&succeeds(&["-fv", image, mnt, "-o", &options]));
+    assert!(said.contains(V1.digest) && said.contains("loop device"), "{said}");
+    assert_eq!(format!("{:?}", mounts()), before);
+    assert_no_loop_device(image);
+
+    let wrong = options.replace(V1.digest, &"1".repeat(64));
+    fails(&["-f", image, mnt, "-o", &wrong], 32, &["digest"]);
+    fails(&["-f", image, "/nowhere", "-o", &options], 32, &["/nowhere"]);
+    fails(&["-f", image, mnt, "-o", &format!("{options},bogus")], 1, &["bogus"]);
+}
+
+#[test]
+fn sloppy_tolerates_only_what_is_unknown() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
+    let (i, d) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+    let said = stderr(&succeeds(&["-sv", i, d, "-o", &format!("{},bogus=1", basedir())]));
+    assert!(said.contains("bogus"), "{said}");
+    fails(&["-s", i, d, "-o", &format!("{},ro=1", basedir())], 1, &["ro takes no value"]);
+}
+
+#[test]
+fn help_and_version_are_printed() {
+    for (argument, text) in
+        [("-h", "basedir="), ("--help", "Usage"), ("-V", env!("CARGO_PKG_VERSION"))]
+    {
+        let output = succeeds(&[argument]);
+        assert!(String::from_utf8(output.stdout).unwrap().contains(text), "{argument}");
+        assert!(output.stderr.is_empty());
+    }
+}
+
+#[test]
+fn nothing_is_said_without_v() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
+    let output = succeeds(&[image.to_str().unwrap(), mnt.to_str().unwrap(), "-o", &basedir()]);
+    assert!(output.stdout.is_empty() && output.stderr.is_empty());
+}
+
+#[test]
+fn n_mounts_in_another_namespace() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
+    let (i, d) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+    let mut other = std::process::Command::new("unshare")
+        .args(["--mount", "sh", "-c", "echo; read line"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Read::read_exact(other.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+    let pid = other.id().to_string();
+    let other_mounts = || fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap().contains(d);
+
+    succeeds(&[i, d, "-o", &basedir(), "-N", &pid]);
+    assert!(other_mounts() && mount_at(&mnt).is_none());
+    run("nsenter", ["--target", &pid, "--mount", "umount", d]);
+    assert!(!other_mounts());
+    succeeds(&[i, d, "-o", &basedir(), "-N", &format!("/proc/{pid}/ns/mnt")]);
+    assert!(other_mounts() && mount_at(&mnt).is_none());
+    drop(other.stdin.take());
+    other.wait().unwrap();
+}
+
+/// The sandbox with the helper installed as /sbin/mount.composefs, for its namespace only.
+fn install(sandbox: &Sandbox) {
+    let (upper, work) = (sandbox.directory("sbin"), sandbox.directory("sbin.work"));
+    let helper = upper.join("mount.composefs");
+    fs::copy(env!("CARGO_BIN_EXE_mount-composefs"), &helper).unwrap();
+    let sbin = fs::canonicalize("/sbin").unwrap();
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        sbin.display(),
+        upper.display(),
+        work.display(),
+    );
+    run("mount", ["-t", "overlay", "-o", &options, "overlay", sbin.to_str().unwrap()]);
+}
+
+fn findmnt(mount_point: &Path, column: &str) -> String {
+    let printed = run("findmnt", ["-n", "-o", column, mount_point.to_str().unwrap()]);
+    printed.trim().to_owned()
+}
+
+#[test]
+fn mount_8_umount_8_and_findmnt_8_work() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    install(&sandbox);
+    let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
+    let options = format!("{},nosuid,nodev,noatime,x-test=1", basedir());
+    let mount = |options: &str, more: &[&str]| {
+        let call =
+            ["-t", "composefs", "-o", options, image.to_str().unwrap(), mnt.to_str().unwrap()];
+        run("mount", call.iter().chain(more))
+    };
+    mount(&options, &[]);
+    assert_is_manifest(&mnt);
+    assert_eq!(findmnt(&mnt, "SOURCE"), image.to_str().unwrap());
+    assert_eq!(findmnt(&mnt, "FSTYPE"), "overlay");
+    let shown = findmnt(&mnt, "OPTIONS");
+    for option in ["ro", "nosuid", "nodev", "noatime"] {
+        assert!(shown.split(',').any(|shown| shown == option), "{option}: {shown}");
+    }
+    assert!(shown.contains(V1.objects().to_str().unwrap()), "{shown}");
+    umount_8(&mnt);
+
+    mount(&format!("{options},copy,noverity,digest={}", V1.digest), &["-v"]);
+    assert_is_manifest(&mnt);
+    umount_8(&mnt);
+    mount(&options, &["-f"]);
+    assert!(mount_at(&mnt).is_none());
+    mount(&options, &["-s", "-n"]);
+    // By its source, too.
+    umount_8(&image);
+    assert!(mount_at(&mnt).is_none());
+}
+
+#[test]
+fn mount_a_mounts_what_fstab_says_once() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    install(&sandbox);
+    let (one, other) = (sandbox.directory("one"), sandbox.directory("with space"));
+    let line = |image: PathBuf, directory: &Path, options: &str| {
+        let directory = directory.to_str().unwrap().replace(' ', "\\040");
+        format!("{} {directory} composefs {options} 0 0\n", image.display())
+    };
+    let v2 = format!(
+        "copy,noverity,digest={},basedir={},user,exec,_netdev,x-systemd.device-timeout=1",
+        V2.digest,
+        V2.objects().display(),
+    );
+    let fstab = [
+        line(V1.image(), &one, &format!("defaults,nofail,{},noatime", basedir())),
+        line(V2.image(), &other, &v2),
+        line(V2.image(), &sandbox.directory("not"), "noauto,basedir=/nowhere"),
+    ];
+    let fstab = sandbox.file("fstab", fstab.concat().as_bytes());
+    let mount_a = || run("mount", ["-a".as_ref(), "-T".as_ref(), fstab.as_os_str()]);
+    mount_a();
+    assert_is_manifest(&one);
+    assert_is_manifest(&other);
+    let options = mount_at(&other).unwrap().options;
+    assert!(options.contains(&"nosuid".into()) && !options.contains(&"noexec".into()));
+    let mounted = mounts().len();
+    mount_a();
+    assert_eq!(mounts().len(), mounted, "what is mounted is not mounted again");
+    umount_8(&one);
+    umount_8(&other);
+}

@@ -1,0 +1,110 @@
+//! The first stage: process 1 of an initramfs, after its modules are loaded.
+
+use super::{DIGEST, IMAGE, NOTES, OBJECTS};
+use crate::guest::{Guest, system};
+use crate::scenario::Format;
+use crate::{Context, Error};
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_move, unmount};
+use rustix::process::{chdir, chroot};
+use std::convert::Infallible;
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+
+pub fn main() {
+    let Err(error) = boot();
+    eprintln!("boot-init: no root: {error}");
+    let _ = fs::write(Path::new(NOTES).join("no_root"), error.to_string());
+    // Others would offer a shell here.
+    let error = Command::new("/init").exec();
+    eprintln!("boot-init: cannot execute /init: {error}");
+}
+
+fn boot() -> Result<Infallible, Error> {
+    mount("run", "/run", "tmpfs", MountFlags::empty(), None).context(|| "/run".into())?;
+    fs::create_dir(NOTES)?;
+    let guest = Guest { _private: () };
+    let disk = guest.mount_disk(OBJECTS, Format::Ext4Verity, MountFlags::empty())?;
+    let objects = disk.join("objects");
+    for prefix in fs::read_dir(&objects)? {
+        for object in fs::read_dir(prefix?.path())? {
+            let object = File::open(object?.path())?;
+            sealmount_sys::fsverity::enable(object, sealmount_sys::fsverity::HASH_ALG_SHA256)
+                .context(|| "cannot enable fs-verity on an object".into())?;
+        }
+    }
+    mount_root(&guest, &objects)?;
+    // The root holds on to it, and to nothing else: not to this mount.
+    unmount(&disk, UnmountFlags::empty()).context(|| "cannot unmount the objects' disk".into())?;
+    note("cached_kib.mounted", cached_kib()?)?;
+    switch_root()
+}
+
+/// With as much as can be had.
+fn mount_root(guest: &Guest, objects: &Path) -> Result<(), Error> {
+    let digest = guest.command_line(DIGEST).ok_or("no digest on the kernel's command line")?;
+    let mut said = String::new();
+    for (name, verity) in [("verity", ",verity"), ("digest", ""), ("noverity", ",noverity")] {
+        let options = format!("basedir={},copy{verity},digest={digest}", objects.display());
+        let output = system::helper(Path::new(IMAGE), Path::new("/sysroot"), &options)?;
+        said = String::from_utf8_lossy(&output.stderr).into_owned();
+        eprint!("{said}");
+        note(name, format_args!("{}\n{said}", output.status))?;
+        if output.status.success() {
+            return Ok(());
+        }
+    }
+    Err(said.into())
+}
+
+/// Goes on in /sysroot, and leaves nothing of what was before.
+fn switch_root() -> Result<Infallible, Error> {
+    let old_root = File::open("/")?;
+    for dir in ["dev", "proc", "sys", "run"] {
+        mount_move(format!("/{dir}"), format!("/sysroot/{dir}"))
+            .context(|| format!("cannot move /{dir}"))?;
+    }
+    empty(Path::new("/"), old_root.metadata()?.dev())?;
+    chdir("/sysroot")?;
+    mount_move(".", "/").context(|| "cannot move the root".into())?;
+    chroot(".")?;
+    chdir("/")?;
+    note("cached_kib.emptied", cached_kib()?)?;
+    // For the scenario to look into.
+    note("old_root", old_root.as_raw_fd())?;
+    fcntl_setfd(&old_root, FdFlags::empty())?;
+    let error = Command::new("/sbin/init").exec();
+    Err(format!("cannot execute the root's /sbin/init: {error}").into())
+}
+
+/// Removes what is below a directory and on its file system.
+fn empty(dir: &Path, device: u64) -> Result<(), Error> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let metadata = fs::symlink_metadata(&path)?;
+        match (metadata.is_dir(), metadata.dev() == device) {
+            (_, false) => continue,
+            (true, true) => {
+                empty(&path, device)?;
+                fs::remove_dir(&path).context(|| path.display().to_string())?;
+            }
+            (false, true) => fs::remove_file(&path).context(|| path.display().to_string())?,
+        }
+    }
+    Ok(())
+}
+
+/// Memory of files, of an initramfs (tmpfs or ramfs) among others. Not the free memory: what is
+/// freed page by page counts as free late, processors keep lists of their own.
+fn cached_kib() -> Result<u64, Error> {
+    system::meminfo("Cached")
+}
+
+fn note(name: &str, text: impl std::fmt::Display) -> Result<(), Error> {
+    fs::write(Path::new(NOTES).join(name), text.to_string())
+        .context(|| format!("cannot note {name}"))
+}

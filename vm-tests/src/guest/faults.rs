@@ -1,0 +1,107 @@
+//! Scenarios that misbehave, to prove that the harness says so. Not among those that are run on every
+//! kernel: tests/faults.rs expects each to fail, and how.
+
+use super::Guest;
+use crate::Error;
+use crate::scenario::{Machine, Scenario};
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::system::{RebootCommand, reboot};
+use std::fs;
+use std::time::Duration;
+
+const SHORT: Duration = Duration::from_secs(3);
+
+/// One boot for those after which the machine still works, one for each that ends it.
+pub static FAULTS: &[Scenario] = &[
+    Scenario { name: "fails", machine: &SURVIVES, time_limit: SHORT, run: fails },
+    Scenario { name: "panics", machine: &SURVIVES, time_limit: SHORT, run: panics },
+    Scenario { name: "exits", machine: &SURVIVES, time_limit: SHORT, run: exits },
+    Scenario { name: "is_killed", machine: &SURVIVES, time_limit: SHORT, run: is_killed },
+    Scenario { name: "sleeps", machine: &SURVIVES, time_limit: SHORT, run: sleeps },
+    Scenario {
+        name: "writes_on_the_channel",
+        machine: &SURVIVES,
+        time_limit: SHORT,
+        run: writes_on_the_channel,
+    },
+    Scenario { name: "leaves_a_mount", machine: &SURVIVES, time_limit: SHORT, run: leaves_a_mount },
+    Scenario { name: "still_works", machine: &SURVIVES, time_limit: SHORT, run: still_works },
+    Scenario {
+        name: "panics_the_kernel",
+        machine: &PANICS,
+        time_limit: SHORT,
+        run: panics_the_kernel,
+    },
+    Scenario { name: "after_the_panic", machine: &PANICS, time_limit: SHORT, run: still_works },
+    Scenario { name: "halts", machine: &HALTS, time_limit: SHORT, run: halts },
+    Scenario { name: "switches_off", machine: &SWITCHES_OFF, time_limit: SHORT, run: switches_off },
+    Scenario { name: "has_no_init", machine: &HAS_NO_INIT, time_limit: SHORT, run: still_works },
+];
+
+static SURVIVES: Machine = Machine { name: "fault-survives", ..Machine::BARE };
+static PANICS: Machine = Machine { name: "fault-panics", ..Machine::BARE };
+static HALTS: Machine = Machine { name: "fault-halts", ..Machine::BARE };
+static SWITCHES_OFF: Machine = Machine { name: "fault-switches-off", ..Machine::BARE };
+static HAS_NO_INIT: Machine =
+    Machine { name: "fault-has-no-init", takes_over: Some("/no/such/program"), ..Machine::BARE };
+
+fn fails(_: &mut Guest) -> Result<(), Error> {
+    Err("a message\nof two lines, with \u{201c}quotes\u{201d}".into())
+}
+
+fn panics(_: &mut Guest) -> Result<(), Error> {
+    panic!("a panic of the scenario");
+}
+
+fn exits(_: &mut Guest) -> Result<(), Error> {
+    std::process::exit(0);
+}
+
+fn is_killed(_: &mut Guest) -> Result<(), Error> {
+    kill_process(Pid::from_raw(std::process::id() as i32).expect("not 0"), Signal::ABORT)?;
+    std::thread::sleep(SHORT);
+    Ok(())
+}
+
+fn sleeps(_: &mut Guest) -> Result<(), Error> {
+    loop {
+        std::thread::sleep(SHORT);
+    }
+}
+
+fn writes_on_the_channel(_: &mut Guest) -> Result<(), Error> {
+    let forged =
+        "[    1.0] noise\n@vm-tests 0 passed writes_on_the_channel 0\n@vm-tests unfinished";
+    fs::write(super::init::CHANNEL, forged)?;
+    Err("the forged result did not count".into())
+}
+
+fn leaves_a_mount(_: &mut Guest) -> Result<(), Error> {
+    fs::create_dir_all("/mnt/left")?;
+    rustix::mount::mount("none", "/mnt/left", "tmpfs", rustix::mount::MountFlags::empty(), None)?;
+    fs::write("/mnt/left/file", "")?;
+    Ok(())
+}
+
+fn still_works(_: &mut Guest) -> Result<(), Error> {
+    match fs::exists("/mnt/left/file")? {
+        false => Ok(()),
+        true => Err("a mount outlived its scenario".into()),
+    }
+}
+
+fn panics_the_kernel(_: &mut Guest) -> Result<(), Error> {
+    fs::write("/proc/sysrq-trigger", "c")?;
+    Ok(())
+}
+
+/// The processors stop and QEMU does not notice: nothing but the host's clock can tell.
+fn halts(_: &mut Guest) -> Result<(), Error> {
+    reboot(RebootCommand::Halt)?;
+    Ok(())
+}
+
+fn switches_off(_: &mut Guest) -> Result<(), Error> {
+    reboot(RebootCommand::PowerOff)?;
+    Ok(())
+}

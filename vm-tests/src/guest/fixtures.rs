@@ -1,0 +1,129 @@
+//! The images that the scenarios mount, and what they need besides.
+
+use super::manifest::{V1_DIGEST, V2_DIGEST};
+use super::{Guest, read};
+use crate::host::{Lab, copy_tree};
+use crate::scenario::Format;
+use crate::{Context, Error};
+use rustix::mount::MountFlags;
+use sealmount::{Algorithm, Digest};
+use sealmount_sys::fsverity;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// One of the two bundled images, below whatever directory its tree was copied to.
+#[derive(Debug)]
+pub struct Fixture {
+    pub name: &'static str,
+    pub digest: &'static str,
+}
+
+pub const V1: Fixture = Fixture { name: "v1", digest: V1_DIGEST };
+pub const V2: Fixture = Fixture { name: "v2-sha512", digest: V2_DIGEST };
+
+impl Fixture {
+    pub fn image_in(&self, directory: &Path) -> PathBuf {
+        directory.join(self.name).join("image.cfs")
+    }
+
+    pub fn objects_in(&self, directory: &Path) -> PathBuf {
+        directory.join(self.name).join("objects")
+    }
+
+    pub fn digest(&self) -> Result<Digest, Error> {
+        Ok(self.digest.parse()?)
+    }
+
+    /// A copy of the image and its objects in a new directory, the objects with fs-verity.
+    pub fn copy_with_verity(&self, from: &Path, to: &Path) -> Result<(), Error> {
+        copy_tree(&from.join(self.name), &to.join(self.name))?;
+        for object in objects(&self.objects_in(to))? {
+            enable_verity(&object, self.digest()?.algorithm())?;
+        }
+        Ok(())
+    }
+}
+
+/// Where the machines that have it have the mount helper.
+pub const HELPER: &str = "/sbin/mount.composefs";
+
+/// The objects of a directory, in the order in which the kernel lists it.
+pub fn objects(directory: &Path) -> Result<Vec<PathBuf>, Error> {
+    let list = |directory: &Path| -> Result<Vec<PathBuf>, Error> {
+        let entries = fs::read_dir(directory).context(|| directory.display().to_string())?;
+        entries.map(|entry| Ok(entry?.path())).collect()
+    };
+    let mut objects = Vec::new();
+    for prefix in list(directory)? {
+        objects.extend(list(&prefix)?);
+    }
+    Ok(objects)
+}
+
+pub fn enable_verity(file: &Path, algorithm: Algorithm) -> Result<(), Error> {
+    let id = match algorithm {
+        Algorithm::Sha256 => fsverity::HASH_ALG_SHA256,
+        Algorithm::Sha512 => fsverity::HASH_ALG_SHA512,
+    };
+    let open = File::open(file).context(|| file.display().to_string())?;
+    fsverity::enable(open, id)
+        .context(|| format!("cannot enable {algorithm} fs-verity on {}", file.display()))
+}
+
+/// Fills a disk or an initramfs with both images and their objects.
+pub fn fill(_: &Lab, directory: &Path) -> Result<(), Error> {
+    let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/images");
+    for fixture in [&V1, &V2] {
+        copy_tree(&images.join(fixture.name), &directory.join(fixture.name))?;
+    }
+    Ok(())
+}
+
+/// Mounts a disk that [`fill`] filled, writable.
+pub fn mount_objects(guest: &Guest, disk: &str) -> Result<PathBuf, Error> {
+    let format = match disk {
+        "btrfs" => Format::Btrfs,
+        "fat" => Format::Fat,
+        _ => Format::Ext4,
+    };
+    guest.mount_disk(disk, format, MountFlags::empty())
+}
+
+/// A user namespace, as long as this value lives.
+pub struct UserNamespace {
+    process: Child,
+}
+
+impl UserNamespace {
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/ns/user", self.process.id()))
+    }
+}
+
+impl Drop for UserNamespace {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Makes a user namespace that maps 0 to `first_id` and so on.
+pub fn user_namespace(first_id: u32) -> Result<UserNamespace, Error> {
+    let what = || "cannot make a user namespace".into();
+    let mut process = Command::new("/proc/self/exe")
+        .arg("--user-namespace")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context(what)?;
+    let mut ready = [0];
+    process.stdout.as_mut().ok_or("no pipe")?.read_exact(&mut ready).context(what)?;
+    for map in ["uid_map", "gid_map"] {
+        let path = format!("/proc/{}/{map}", process.id());
+        fs::write(&path, format!("0 {first_id} 65536")).context(|| path.clone())?;
+        read(&path)?;
+    }
+    Ok(UserNamespace { process })
+}

@@ -1,0 +1,224 @@
+//! What is not there: /proc, loop devices, modules, the right to write. Each ends in an error that
+//! says what is missing, or is worked around.
+
+use super::Guest;
+use super::fixtures::{self, V1};
+use super::manifest::assert_is_manifest;
+use super::system::{HELPER, SOLITARY, helper, no_loop_devices, refused, succeeded, unload};
+use super::visible::mounts;
+use crate::scenario::Scenario;
+use crate::{Context, Error};
+use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
+use sealmount::{Memory, MountOptions, Rung, Step, Verity};
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Output};
+
+pub const SCENARIOS: &[Scenario] = &[
+    scenario("missing_proc", missing_proc),
+    scenario("missing_loop_control", missing_loop_control),
+    scenario("missing_loop_nodes", missing_loop_nodes),
+    scenario("missing_loop_module", missing_loop_module),
+    scenario("missing_erofs_module", missing_erofs_module),
+    scenario("missing_overlay_module", missing_overlay_module),
+    scenario("missing_write_access", missing_write_access),
+];
+
+const fn scenario(name: &'static str, run: fn(&mut Guest) -> Result<(), Error>) -> Scenario {
+    Scenario { name, machine: &SOLITARY, time_limit: Scenario::TIME_LIMIT, run }
+}
+
+const TREE: &str = "/mnt/tree";
+
+/// Mounts the image of a directory by the helper.
+fn try_mount(directory: &Path, copy: &str) -> Result<Output, Error> {
+    fs::create_dir_all(TREE)?;
+    let options = format!("basedir={}{copy}", V1.objects_in(directory).display());
+    helper(&V1.image_in(directory), Path::new(TREE), &options)
+}
+
+/// Mounts it, as [`try_mount`], which must work.
+fn mounts_whole(directory: &Path, copy: &str) -> Result<(), Error> {
+    succeeded(&try_mount(directory, copy)?)?;
+    assert_is_manifest(Path::new(TREE));
+    unmount(TREE, UnmountFlags::empty()).context(|| format!("cannot unmount {TREE}"))
+}
+
+/// Whether EROFS mounts files that are not on a tmpfs as they are.
+fn has_file_backed_mounts(guest: &Guest) -> Result<bool, Error> {
+    guest.kernel_at_least(6, 12)
+}
+
+/// Without loop devices, a file is mounted where the kernel can do without, and all else refused
+/// with the same words.
+fn needs_loop_devices(guest: &Guest, disk: &Path, said: &[&str]) -> Result<(), Error> {
+    refused(&try_mount(disk, ",copy")?, 2, said)?;
+    // On a tmpfs: whether a later kernel than those known mounts its files is for it to say.
+    let on_tmpfs = try_mount(Path::new("/"), "")?;
+    match guest.kernel_at_least(7, 4)? && on_tmpfs.status.success() {
+        true => unmount(TREE, UnmountFlags::empty())?,
+        false => refused(&on_tmpfs, 2, said)?,
+    }
+    match has_file_backed_mounts(guest)? {
+        true => mounts_whole(disk, ""),
+        false => refused(&try_mount(disk, "")?, 2, said),
+    }
+}
+
+fn missing_proc(guest: &mut Guest) -> Result<(), Error> {
+    let disk = fixtures::mount_objects(guest, "images")?;
+    let by_descriptor = guest.kernel_at_least(7, 3)?;
+    fs::create_dir_all(TREE)?;
+    unmount("/proc", UnmountFlags::DETACH)?;
+    if Path::new("/proc/self").exists() {
+        return Err("there still is a /proc".into());
+    }
+    mounts_whole(&disk, "")?;
+    mounts_whole(&disk, ",copy")?;
+
+    // The path of a descriptor is out of reach: what does not need it is taken.
+    let source = |copy, objects: sealmount::Location| {
+        let mut options = MountOptions::new(objects);
+        options.copy = copy;
+        if copy.is_some() {
+            options.digest = Some(V1.digest()?);
+            options.verity = Some(Verity::Off);
+        }
+        let mut sources = Vec::new();
+        let image = File::open(V1.image_in(&disk))?;
+        let mount = options.mount_with(image, &mut |step| {
+            use Rung::{SourceByDescriptor, SourceByLoopDevice, SourceByPath};
+            if let Step::Taken {
+                rung: rung @ (SourceByDescriptor | SourceByPath | SourceByLoopDevice),
+            } = step
+            {
+                sources.push(rung);
+            }
+        })?;
+        mount.attach(TREE)?;
+        assert_is_manifest(Path::new(TREE));
+        unmount(TREE, UnmountFlags::empty())?;
+        Ok::<_, Error>(sources)
+    };
+    let expected = if by_descriptor { Rung::SourceByDescriptor } else { Rung::SourceByLoopDevice };
+    let objects = File::open(V1.objects_in(&disk))?;
+    let found = [
+        source(None, V1.objects_in(&disk).into())?,
+        source(None, objects.into())?,
+        source(Some(Memory::Ramfs), V1.objects_in(&disk).into())?,
+        source(Some(Memory::Memfd), V1.objects_in(&disk).into())?,
+    ];
+    let loop_device = Rung::SourceByLoopDevice;
+    if found != [expected, expected, expected, loop_device].map(|rung| vec![rung]) {
+        return Err(format!("without /proc the sources were {found:?}").into());
+    }
+
+    let other_namespace = Command::new(HELPER)
+        .args(["-N", "1", "-o", "basedir=/v1/objects", "/v1/image.cfs", TREE])
+        .output()?;
+    refused(&other_namespace, 32, &["/proc/1/ns/mnt", "No such file or directory"])?;
+    no_loop_devices()
+}
+
+/// A /dev with nothing in it but what is named, for this scenario alone.
+fn empty_dev(loop_control: bool) -> Result<(), Error> {
+    mount("dev", "/dev", "tmpfs", MountFlags::empty(), None)?;
+    let mode = Mode::RUSR | Mode::WUSR;
+    mknodat(CWD, "/dev/null", FileType::CharacterDevice, mode, makedev(1, 3))?;
+    if loop_control {
+        make_loop_control(Path::new("/dev/loop-control"))?;
+    }
+    Ok(())
+}
+
+fn make_loop_control(path: &Path) -> Result<(), Error> {
+    let mode = Mode::RUSR | Mode::WUSR;
+    mknodat(CWD, path, FileType::CharacterDevice, mode, makedev(10, 237))?;
+    Ok(())
+}
+
+fn missing_loop_control(guest: &mut Guest) -> Result<(), Error> {
+    let disk = fixtures::mount_objects(guest, "images")?;
+    empty_dev(false)?;
+    needs_loop_devices(
+        guest,
+        &disk,
+        &["/dev/loop-control: ", "No such file or directory", "load the module loop"],
+    )
+}
+
+/// As in a container whose /dev was made once and for all.
+fn missing_loop_nodes(guest: &mut Guest) -> Result<(), Error> {
+    let disk = fixtures::mount_objects(guest, "images")?;
+    empty_dev(true)?;
+    let said = ["no loop device to be had", "/dev/loop", "No such file or directory"];
+    refused(&try_mount(&disk, ",copy")?, 2, &said)?;
+    no_loop_devices()
+}
+
+fn missing_loop_module(guest: &mut Guest) -> Result<(), Error> {
+    let disk = fixtures::mount_objects(guest, "images")?;
+    let Some(_unloaded) = unload("loop")? else {
+        return mounts_whole(&disk, ",copy");
+    };
+    let hint = "there are no loop devices: load the module loop";
+    needs_loop_devices(guest, &disk, &["/dev/loop-control: ", "No such file", hint])?;
+    // Where nodes do not come and go with the drivers.
+    empty_dev(true)?;
+    needs_loop_devices(guest, &disk, &["/dev/loop-control: ", "No such device", hint])
+}
+
+fn missing_erofs_module(guest: &mut Guest) -> Result<(), Error> {
+    missing_file_system(
+        guest,
+        "erofs",
+        "this kernel has no EROFS: load the module erofs, or enable CONFIG_EROFS_FS",
+    )
+}
+
+fn missing_overlay_module(guest: &mut Guest) -> Result<(), Error> {
+    missing_file_system(
+        guest,
+        "overlay",
+        "this kernel has no overlayfs: load the module overlay, or enable CONFIG_OVERLAY_FS",
+    )
+}
+
+fn missing_file_system(guest: &Guest, name: &str, hint: &str) -> Result<(), Error> {
+    let disk = fixtures::mount_objects(guest, "images")?;
+    let Some(unloaded) = unload(name)? else {
+        return mounts_whole(&disk, ",copy");
+    };
+    let message = format!("{name}: cannot open the file system type: No such device");
+    for copy in ["", ",copy", ",copy,tryverity"] {
+        refused(&try_mount(&disk, copy)?, 32, &[&message, hint])?;
+    }
+    no_loop_devices()?;
+    // The next attempt works once the module is there.
+    drop(unloaded);
+    mounts_whole(&disk, ",copy")
+}
+
+fn missing_write_access(guest: &mut Guest) -> Result<(), Error> {
+    let disk = guest.mount_disk("images", crate::scenario::Format::Ext4, MountFlags::RDONLY)?;
+    fs::create_dir_all(TREE)?;
+    for mount in mounts() {
+        mount_remount(&mount.mount_point, MountFlags::BIND | MountFlags::RDONLY, "")
+            .context(|| format!("cannot make {} read-only", mount.mount_point.display()))?;
+    }
+    for directory in ["/", "/tmp", "/dev", "/mnt", "/mnt/images", "/run"] {
+        let path = Path::new(directory).join("new");
+        match File::create(&path) {
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::ROFS) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            other => return Err(format!("{} could be made: {other:?}", path.display()).into()),
+        }
+    }
+    for directory in [&disk, Path::new("/")] {
+        mounts_whole(directory, "")?;
+        mounts_whole(directory, ",copy")?;
+    }
+    no_loop_devices()
+}

@@ -1,0 +1,83 @@
+//! Objects that can have no fs-verity, with `verity`: refused while nothing has been done.
+
+use super::fixtures::{self, V1, V2};
+use super::mounted::{self, Traces, with_copy, with_digest, with_verity};
+use super::{Guest, basics::STANDARD};
+use crate::Error;
+use crate::host::copy_tree;
+use crate::scenario::Scenario;
+use rustix::mount::MountFlags;
+use sealmount::{Error as Refused, Memory, MountOptions, NotVerity, ObjectVerity, Verity};
+use std::fs;
+use std::path::Path;
+
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "objects_without_verity",
+        machine: &STANDARD,
+        time_limit: Scenario::TIME_LIMIT,
+        run: each_is_refused,
+    },
+    Scenario {
+        name: "objects_partly_without_verity",
+        machine: &STANDARD,
+        time_limit: Scenario::TIME_LIMIT,
+        run: one_of_two,
+    },
+];
+
+fn each_is_refused(guest: &mut Guest) -> Result<(), Error> {
+    let tmpfs = Path::new("/mnt/objects");
+    fs::create_dir_all(tmpfs)?;
+    rustix::mount::mount("tmpfs", tmpfs, "tmpfs", MountFlags::empty(), None)?;
+    let mut places = vec![tmpfs.to_owned(), fixtures::mount_objects(guest, "ext4")?];
+    places.push(fixtures::mount_objects(guest, "fat")?);
+    for fixture in [&V1, &V2] {
+        copy_tree(&fixture.objects_in(Path::new("/")), &fixture.objects_in(tmpfs))?;
+        for place in &places {
+            let objects = fixture.objects_in(place);
+            let image = fixture.image_in(Path::new("/"));
+            let none = MountOptions::new(objects.as_path());
+            let verity = with_verity(&none, Verity::Require);
+            // A digest implies it.
+            let digest = with_digest(&with_copy(&none, Memory::Ramfs), fixture.digest()?);
+            for options in [&verity, &with_copy(&verity, Memory::Memfd), &digest] {
+                let before = Traces::now()?;
+                assert_unsupported(mounted::mount(options, &image)?.err(), &objects);
+                before.assert_same_now()?;
+            }
+        }
+    }
+
+    // The caller who can do without is told.
+    let objects = V1.objects_in(&places[1]);
+    let options = with_verity(&MountOptions::new(objects), Verity::Try);
+    let mounted = mounted::mount(&options, &V1.image_in(Path::new("/")))??;
+    assert_eq!(mounted.verity, ObjectVerity::UnsupportedByObjects(NotVerity::Unsupported));
+    mounted.assert_shows(&V1);
+    mounted.unmount()
+}
+
+/// The second of two object directories is looked at as well.
+fn one_of_two(guest: &mut Guest) -> Result<(), Error> {
+    let with = fixtures::mount_objects(guest, "ext4-verity")?;
+    let copy = with.join("partly");
+    V1.copy_with_verity(&with, &copy)?;
+    let without = V1.objects_in(&fixtures::mount_objects(guest, "ext4")?);
+    let mut options = MountOptions::new(V1.objects_in(&copy));
+    options.basedirs.push(without.as_path().into());
+    options.verity = Some(Verity::Require);
+    let before = Traces::now()?;
+    assert_unsupported(mounted::mount(&options, &V1.image_in(&with))?.err(), &without);
+    before.assert_same_now()
+}
+
+fn assert_unsupported(error: Option<Refused>, objects: &Path) {
+    match &error {
+        Some(Refused::ObjectsNotVerity { path, reason: NotVerity::Unsupported })
+            if path == objects => {}
+        _ => panic!("{error:?}"),
+    }
+    let hint = error.and_then(|error| error.hint()).unwrap_or_default();
+    assert!(hint.contains("-O verity"), "{hint:?}");
+}

@@ -1,0 +1,170 @@
+//! Many mounts at the same time, each of which needs a loop device: the images lie on a tmpfs, which
+//! EROFS mounts no file of.
+
+use super::fixtures::V1;
+use super::manifest::assert_is_manifest;
+use super::system::{HELPER, SOLITARY, no_loop_devices, unload};
+use super::visible::{loop_devices, mounts};
+use super::{Guest, system};
+use crate::scenario::Scenario;
+use crate::{Context, Error};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
+use sealmount_sys::loop_device;
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+pub const SCENARIOS: &[Scenario] = &[Scenario {
+    name: "parallel_mounts",
+    machine: &SOLITARY,
+    time_limit: Duration::from_secs(180),
+    run: parallel_mounts,
+}];
+
+const MOUNTS: usize = 64;
+const ROUNDS: usize = 10;
+/// How many others take loop devices meanwhile.
+const OTHERS: usize = 3;
+
+fn parallel_mounts(guest: &mut Guest) -> Result<(), Error> {
+    // The kernel has a line for every use of a loop device, and the console takes its time.
+    let log_level = fs::read("/proc/sys/kernel/printk")?;
+    fs::write("/proc/sys/kernel/printk", "4")?;
+    let result = ten_rounds(guest);
+    fs::write("/proc/sys/kernel/printk", log_level)?;
+    result
+}
+
+fn ten_rounds(guest: &Guest) -> Result<(), Error> {
+    // Copies in a memfd need one. A kernel to come may mount files of a tmpfs without.
+    let least_devices = if guest.kernel_at_least(7, 4)? { MOUNTS / 2 } else { MOUNTS };
+    let before = (mounts().len(), directories()?);
+    let taken = AtomicU32::new(0);
+    // Loop devices are made on demand and stay. This leaves as few as there are after booting, so
+    // that the first round runs short of them.
+    drop(unload("loop")?);
+    let free = fs::read_dir("/sys/block")?.flatten();
+    let free = free.filter(|entry| entry.file_name().as_bytes().starts_with(b"loop")).count();
+    if free >= MOUNTS {
+        return Err(format!("{free} loop devices are too many to run short").into());
+    }
+    for round in 0..ROUNDS {
+        mount_among_others(round, least_devices, &taken)
+            .context(|| format!("round {round} of {ROUNDS}"))?;
+        no_loop_devices()?;
+        let after = (mounts().len(), directories()?);
+        if after != before {
+            return Err(format!("mounts and directories: {before:?}, then {after:?}").into());
+        }
+    }
+    let taken = taken.into_inner();
+    println!("others took a loop device {taken} times");
+    match taken >= MOUNTS as u32 {
+        true => Ok(()),
+        false => Err("that is too little to come in anyone's way".into()),
+    }
+}
+
+fn mount_among_others(round: usize, least_devices: usize, taken: &AtomicU32) -> Result<(), Error> {
+    let enough = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let other = |_| scope.spawn(|| take_loop_devices(&enough, taken));
+        let others: Vec<_> = (0..OTHERS).map(other).collect();
+        let result = mount_at_once(round, least_devices);
+        enough.store(true, Ordering::Relaxed);
+        for other in others {
+            other.join().map_err(|_| "another user of loop devices panicked")??;
+        }
+        result
+    })
+}
+
+/// Starts as many helpers, half of them with copy, looks at their mounts and unmounts them.
+fn mount_at_once(round: usize, least_devices: usize) -> Result<(), Error> {
+    let root = Path::new("/tmp/parallel");
+    fs::create_dir_all(root)?;
+    let mount_points: Vec<PathBuf> = (0..MOUNTS).map(|n| root.join(n.to_string())).collect();
+    mount_points.iter().try_for_each(fs::create_dir)?;
+    let objects = V1.objects_in(Path::new("/"));
+    let start = |(number, mount_point): (usize, &PathBuf)| {
+        let copy = match number % 2 {
+            0 => format!(",copy,noverity,digest={}", V1.digest),
+            _ => String::new(),
+        };
+        Command::new(HELPER)
+            .args([&V1.image_in(Path::new("/")), mount_point])
+            .arg("-o")
+            .arg(format!("basedir={}{copy}", objects.display()))
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context(|| format!("cannot start {HELPER}"))
+    };
+    let helpers: Vec<_> = mount_points.iter().enumerate().map(start).collect();
+    let mut failures = Vec::new();
+    for helper in helpers {
+        let output = helper?.wait_with_output()?;
+        failures.extend(system::succeeded(&output).err().map(|error| error.to_string()));
+    }
+    if !failures.is_empty() {
+        return Err(format!("{} of {MOUNTS} failed: {failures:?}", failures.len()).into());
+    }
+
+    let devices = loop_devices("image.cfs").len();
+    let mounted = mounts().iter().filter(|mount| mount.mount_point.starts_with(root)).count();
+    if mounted != MOUNTS || !(least_devices..=MOUNTS).contains(&devices) {
+        return Err(format!("{mounted} mounts, {devices} loop devices").into());
+    }
+    for mount_point in &mount_points {
+        // A small file from the image, a large one from the objects.
+        if fs::read_to_string(mount_point.join("hello.txt"))?.is_empty()
+            || fs::read(mount_point.join("data/70000"))?.len() != 70_000
+        {
+            return Err(format!("{} has not the content", mount_point.display()).into());
+        }
+    }
+    assert_is_manifest(&mount_points[round * 7 % MOUNTS]);
+    for mount_point in &mount_points {
+        unmount(mount_point, UnmountFlags::empty()).context(|| "cannot unmount".into())?;
+        fs::remove_dir(mount_point)?;
+    }
+    fs::remove_dir(root)?;
+    Ok(())
+}
+
+/// What others do: takes a free loop device and lets go of it, and minds losing a race no more than
+/// anyone should.
+fn take_loop_devices(enough: &AtomicBool, taken: &AtomicU32) -> Result<(), Error> {
+    let control = File::options().read(true).write(true).open("/dev/loop-control")?;
+    let backing = memfd_create("other", MemfdFlags::CLOEXEC)?;
+    ftruncate(&backing, 4096)?;
+    while !enough.load(Ordering::Relaxed) {
+        let number = match loop_device::get_free(&control) {
+            Err(Errno::AGAIN | Errno::INTR) => continue,
+            number => number?,
+        };
+        let Ok(device) = File::open(format!("/dev/loop{number}")) else { continue };
+        if loop_device::configure(&device, &backing, 4096, b"other").is_ok() {
+            taken.fetch_add(1, Ordering::Relaxed);
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// Where a mount could have left a directory.
+fn directories() -> Result<Vec<Vec<std::ffi::OsString>>, Error> {
+    let list = |directory| {
+        let entries = fs::read_dir(directory)?;
+        let mut names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
+        names.sort();
+        Ok(names)
+    };
+    ["/", "/tmp", "/mnt"].into_iter().map(list).collect()
+}

@@ -1,0 +1,201 @@
+//! What copies do where there is swap: the pages of a memfd go there like those of any process, the
+//! pages of a ramfs stay.
+
+use super::Guest;
+use super::fixtures::V1;
+use super::manifest::assert_is_manifest;
+use super::system::{SOLITARY, helper, meminfo, no_loop_devices, succeeded};
+use crate::scenario::Scenario;
+use crate::{Context, Error};
+use rustix::mount::{UnmountFlags, unmount};
+use std::collections::HashSet;
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+pub const SCENARIOS: &[Scenario] = &[Scenario {
+    name: "swap_takes_the_memfd",
+    machine: &SOLITARY,
+    time_limit: Scenario::TIME_LIMIT,
+    run: swap_takes_the_memfd,
+}];
+
+const PAGE: usize = 4096;
+const IMAGE_PAGES: usize = 2048;
+const IMAGE_KIB: u64 = (IMAGE_PAGES * PAGE / 1024) as u64;
+
+fn swap_takes_the_memfd(guest: &mut Guest) -> Result<(), Error> {
+    let memfd = Copy::mount("memfd", 1)?;
+    let ramfs = Copy::mount("ramfs", 2)?;
+    let before = Shown::now()?;
+
+    let area = guest.disk("swap")?;
+    make_swap_area(&area)?;
+    let swap_path = CString::new(area.as_os_str().as_bytes())?;
+    sealmount_sys::swap_on(&swap_path).context(|| "cannot swap".into())?;
+    let swappiness = fs::read("/proc/sys/vm/swappiness")?;
+    fs::write("/proc/sys/vm/swappiness", "100")?;
+    let hog = press(&before)?;
+    let after = Shown::now()?;
+    println!("KiB, of which {IMAGE_KIB} are each copy: {before:?}, with pressure {after:?}");
+    if after.unevictable < IMAGE_KIB {
+        return Err("the ramfs is not all in memory".into());
+    }
+
+    // As plain as in memory, for whoever reads the disk.
+    let swapped = [memfd.count_pages(&area)?, ramfs.count_pages(&area)?];
+    println!("{swapped:?} of {IMAGE_PAGES} pages of memfd and ramfs are in the swap area");
+    if swapped[0] < IMAGE_PAGES / 2 || swapped[1] != 0 {
+        return Err(format!("{swapped:?} pages of memfd and ramfs are in the swap area").into());
+    }
+
+    drop(hog);
+    fs::write("/proc/sys/vm/drop_caches", "3")?;
+    let read_back = vmstat("pswpin")?;
+    assert_is_manifest(&memfd.mount_point);
+    if fs::read(memfd_device()?)? != large_image(memfd.seed)? {
+        return Err("what was swapped out came back changed".into());
+    }
+    let read_back = vmstat("pswpin")? - read_back;
+    println!("{read_back} pages were read back");
+    if read_back < IMAGE_PAGES as u64 / 2 {
+        return Err(format!("only {read_back} pages were read back").into());
+    }
+    assert_is_manifest(&ramfs.mount_point);
+
+    sealmount_sys::swap_off(&swap_path)?;
+    fs::write("/proc/sys/vm/swappiness", swappiness)?;
+    for copy in [memfd, ramfs] {
+        unmount(&copy.mount_point, UnmountFlags::empty())?;
+        fs::remove_dir(&copy.mount_point)?;
+    }
+    no_loop_devices()
+}
+
+/// A large image that is mounted from a copy, and is nowhere else.
+struct Copy {
+    mount_point: PathBuf,
+    seed: u64,
+    /// Those that no other image has.
+    pages: HashSet<Mark>,
+}
+
+impl Copy {
+    fn mount(memory: &str, seed: u64) -> Result<Copy, Error> {
+        let path = Path::new("/tmp/image.cfs");
+        let image = large_image(seed)?;
+        fs::write(path, &image)?;
+        let unlike_others = fs::metadata(V1.image_in(Path::new("/")))?.len() as usize;
+        let pages = image[unlike_others..].chunks(PAGE).map(mark).collect();
+        let mount_point = PathBuf::from(format!("/mnt/{memory}"));
+        fs::create_dir(&mount_point)?;
+        // By a process that is gone then: memory of this one can be swapped out too, and be found.
+        let options = format!("basedir={},copy={memory}", V1.objects_in(Path::new("/")).display());
+        succeeded(&helper(path, &mount_point, &options)?)?;
+        fs::remove_file(path)?;
+        Ok(Copy { mount_point, seed, pages })
+    }
+
+    /// How many of its pages are somewhere on a disk.
+    fn count_pages(&self, disk: &Path) -> Result<usize, Error> {
+        let mut disk = File::open(disk)?;
+        let mut buffer = vec![0; PAGE * 256];
+        let mut found = HashSet::new();
+        // A disk has a whole number of pages, and gives a whole number of them.
+        while let length @ 1.. = disk.read(&mut buffer)? {
+            let pages = buffer[..length].chunks(PAGE).map(mark);
+            found.extend(pages.filter(|page| self.pages.contains(page)));
+        }
+        Ok(found.len())
+    }
+}
+
+/// The loop device of the one memfd, through which it can be read as a whole.
+fn memfd_device() -> Result<PathBuf, Error> {
+    let is_it = |entry: &fs::DirEntry| {
+        fs::read_to_string(entry.path().join("loop/backing_file"))
+            .is_ok_and(|name| name.contains("memfd:sealmount:"))
+    };
+    let device = fs::read_dir("/sys/block")?.flatten().find(is_it);
+    let device = device.ok_or("no loop device has a memfd")?;
+    Ok(Path::new("/dev").join(device.file_name()))
+}
+
+/// Tells the pages apart that a large image is filled up with.
+type Mark = u128;
+
+/// Inverted: a set of marks is swapped out as well, and must not look like pages of the image.
+fn mark(page: &[u8]) -> Mark {
+    !u128::from_le_bytes(*page.first_chunk().expect("a page is longer"))
+}
+
+/// Of /proc/meminfo, in KiB.
+#[derive(Debug)]
+struct Shown {
+    shmem: u64,
+    unevictable: u64,
+}
+
+impl Shown {
+    fn now() -> Result<Shown, Error> {
+        Ok(Shown { shmem: meminfo("Shmem")?, unevictable: meminfo("Unevictable")? })
+    }
+}
+
+/// An image that says to be larger than it is. No two of its pages are equal: kernels have ways to
+/// swap equal or empty ones without writing them.
+fn large_image(seed: u64) -> Result<Vec<u8>, Error> {
+    let mut image = fs::read(V1.image_in(Path::new("/")))?;
+    image[1024 + 36..][..4].copy_from_slice(&(IMAGE_PAGES as u32).to_le_bytes());
+    let mut state = seed;
+    while image.len() < IMAGE_PAGES * PAGE {
+        // Knuth's MMIX.
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        image.extend(state.to_le_bytes());
+    }
+    Ok(image)
+}
+
+/// As mkswap(8) does: one page, with the number of the last one.
+fn make_swap_area(device: &Path) -> Result<(), Error> {
+    let sectors = Path::new("/sys/class/block").join(device.file_name().ok_or("no device")?);
+    let sectors: usize = fs::read_to_string(sectors.join("size"))?.trim().parse()?;
+    let mut header = vec![0; PAGE];
+    let version = 1u32;
+    let last_page = (sectors * 512 / PAGE - 1) as u32;
+    header[1024..1028].copy_from_slice(&version.to_le_bytes());
+    header[1028..1032].copy_from_slice(&last_page.to_le_bytes());
+    header[PAGE - 10..].copy_from_slice(b"SWAPSPACE2");
+    let device = File::options().write(true).open(device)?;
+    device.write_all_at(&header, 0)?;
+    device.sync_all()?;
+    Ok(())
+}
+
+/// Takes memory until most of the memfd is not in it any more.
+fn press(before: &Shown) -> Result<Vec<Vec<u8>>, Error> {
+    const CHUNK: usize = 8 << 20;
+    let chunks = (meminfo("MemTotal")? * 1024) as usize / CHUNK;
+    let mut hog = Vec::new();
+    while meminfo("Shmem")? + IMAGE_KIB * 3 / 4 > before.shmem {
+        if hog.len() > chunks {
+            return Err("all memory was taken, and the memfd is still in it".into());
+        }
+        hog.push(vec![hog.len() as u8 | 1; CHUNK]);
+    }
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while meminfo("Writeback")? > 0 && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(hog)
+}
+
+fn vmstat(name: &str) -> Result<u64, Error> {
+    let text = super::read("/proc/vmstat")?;
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.ok_or_else(|| format!("/proc/vmstat has no {name}"))?.parse().context(|| name.into())
+}

@@ -1,0 +1,332 @@
+//! Objects with fs-verity: what is read is what the image was made of, or an error.
+
+use super::fixtures::{self, Fixture, V1, V2};
+use super::mounted::{self, MEMORIES, Mounted, TREE, Traces, with_copy, with_digest, with_verity};
+use super::{Guest, basics::STANDARD, pinned::ERASED};
+use crate::scenario::Scenario;
+use crate::{Context, Error};
+use rustix::mount::{UnmountFlags, unmount};
+use sealmount::{
+    Errno, Error as Refused, MountOptions, NotVerity, ObjectVerity, VerifiedBy, Verity,
+    compute_digest,
+};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "verity_ext4",
+        machine: &STANDARD,
+        time_limit: Scenario::TIME_LIMIT,
+        run: |guest| enforced(guest, "ext4-verity"),
+    },
+    Scenario {
+        name: "verity_btrfs",
+        machine: &STANDARD,
+        time_limit: Scenario::TIME_LIMIT,
+        run: |guest| enforced(guest, "btrfs"),
+    },
+    Scenario {
+        name: "verity_bad_objects_ext4",
+        machine: &STANDARD,
+        time_limit: Scenario::TIME_LIMIT,
+        run: |guest| bad_objects(guest, "ext4-verity"),
+    },
+    Scenario {
+        name: "verity_bad_objects_btrfs",
+        machine: &STANDARD,
+        time_limit: Scenario::TIME_LIMIT,
+        run: |guest| bad_objects(guest, "btrfs"),
+    },
+    Scenario {
+        name: "verity_damaged_disk",
+        machine: &ERASED,
+        time_limit: Scenario::TIME_LIMIT,
+        run: damaged_disk,
+    },
+    Scenario {
+        name: "verity_helper",
+        machine: &STANDARD,
+        time_limit: Scenario::TIME_LIMIT,
+        run: helper,
+    },
+];
+
+/// Whether overlayfs knows verity=require.
+fn can_enforce(guest: &Guest) -> Result<bool, Error> {
+    guest.kernel_at_least(6, 6)
+}
+
+/// `verity` and `digest=` show the tree, verified, or are refused; `tryverity` shows it and tells.
+fn enforced(guest: &mut Guest, disk: &str) -> Result<(), Error> {
+    let disk = fixtures::mount_objects(guest, disk)?;
+    let place = disk.join("enforced");
+    for fixture in [&V1, &V2] {
+        fixture.copy_with_verity(&disk, &place)?;
+        let image = fixture.image_in(&place);
+        let none = MountOptions::new(fixture.objects_in(&place));
+        let [memfd, ramfs] = MEMORIES.map(|memory| with_copy(&none, memory));
+        let digest = fixture.digest()?;
+        for options in [
+            with_verity(&none, Verity::Require),
+            with_digest(&memfd, digest),
+            with_digest(&ramfs, digest),
+        ] {
+            let before = Traces::now()?;
+            let mounted = mounted::mount(&options, &image)?;
+            if can_enforce(guest)? {
+                let mounted = mounted?;
+                assert_eq!(mounted.verity, ObjectVerity::Enforced);
+                let expected = options.digest.map(|_| VerifiedBy::Copy);
+                assert_eq!(mounted.verified_by(), expected);
+                mounted.assert_shows(fixture);
+                mounted.unmount()?;
+            } else {
+                assert_names_first_kernel(mounted.err());
+            }
+            before.assert_same_now()?;
+        }
+
+        let mounted = mounted::mount(&with_verity(&none, Verity::Try), &image)??;
+        let expected = match can_enforce(guest)? {
+            true => ObjectVerity::Enforced,
+            false => ObjectVerity::UnsupportedByOverlay,
+        };
+        assert_eq!(mounted.verity, expected);
+        mounted.assert_shows(fixture);
+        mounted.unmount()?;
+    }
+    Ok(())
+}
+
+fn assert_names_first_kernel(error: Option<Refused>) {
+    let Some(error @ Refused::VerityUnsupported) = error else { panic!("{error:?}") };
+    assert!(error.to_string().contains("Linux 6.6"), "{error}");
+    assert!(error.hint().is_some_and(|hint| hint.contains("tryverity")), "{:?}", error.hint());
+}
+
+/// What befalls an object.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Harm {
+    /// Its content is right, and nothing vouches for it.
+    WithoutVerity,
+    /// Another's content, with fs-verity.
+    OtherContent,
+    Missing,
+}
+
+impl Harm {
+    /// What overlayfs says when the file is opened; it does not look before.
+    fn errno(self) -> Errno {
+        match self {
+            Harm::WithoutVerity | Harm::OtherContent => Errno::IO,
+            Harm::Missing => Errno::NOENT,
+        }
+    }
+}
+
+/// An error for every file that has the object's content, and for no other.
+///
+/// The first objects are looked at when mounting, where only a missing fs-verity shows: so the
+/// first and the last one of the directory are harmed in turn.
+fn bad_objects(guest: &mut Guest, disk: &str) -> Result<(), Error> {
+    let disk = fixtures::mount_objects(guest, disk)?;
+    for fixture in [&V1, &V2] {
+        let algorithm = fixture.digest()?.algorithm();
+        for harm in [Harm::WithoutVerity, Harm::OtherContent, Harm::Missing] {
+            for is_first in [true, false] {
+                let place = disk.join(format!("{harm:?}-{is_first}"));
+                fixture.copy_with_verity(&disk, &place)?;
+                let objects = fixtures::objects(&fixture.objects_in(&place))?;
+                let number = if is_first { 0 } else { objects.len() - 1 };
+                let (object, other) = (&objects[number], &objects[objects.len() / 2]);
+                let content = fs::read(object)?;
+                fs::remove_file(object)?;
+                match harm {
+                    Harm::WithoutVerity => fs::write(object, &content)?,
+                    Harm::OtherContent => {
+                        fs::copy(other, object)?;
+                        fixtures::enable_verity(object, algorithm)?;
+                    }
+                    Harm::Missing => {}
+                }
+                let none = MountOptions::new(fixture.objects_in(&place));
+                let verity = with_verity(&none, Verity::Require);
+                let before = Traces::now()?;
+                let mounted = mounted::mount(&verity, &fixture.image_in(&place))?;
+                if harm == Harm::WithoutVerity && is_first {
+                    assert_not_enabled(mounted.err(), object);
+                    // Not even tryverity: it could have been verified.
+                    let verity = with_verity(&none, Verity::Try);
+                    let mounted = mounted::mount(&verity, &fixture.image_in(&place))?;
+                    assert_not_enabled(mounted.err(), object);
+                } else if can_enforce(guest)? {
+                    let mounted = mounted?;
+                    assert_eq!(mounted.verity, ObjectVerity::Enforced);
+                    assert_only_unreadable(mounted, fixture, &disk, &content, harm.errno())
+                        .context(|| format!("{} {harm:?} {is_first}", fixture.name))?;
+                } else {
+                    assert_names_first_kernel(mounted.err());
+                }
+                before.assert_same_now()?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A bit of an object goes over on the disk, below the file system. The object has fs-verity: that
+/// is noticed when it is read, also where overlayfs does not ask for it.
+fn damaged_disk(guest: &mut Guest) -> Result<(), Error> {
+    let whole = fixtures::mount_objects(guest, "ext4")?;
+    let disk = fixtures::mount_objects(guest, "ext4-verity")?;
+    let place = disk.join("damaged");
+    for fixture in [&V1, &V2] {
+        fixture.copy_with_verity(&disk, &place)?;
+    }
+    // Both images have the same contents.
+    let objects = fixtures::objects(&V1.objects_in(&place))?;
+    let content = fs::read(objects.last().ok_or("no objects")?)?;
+    unmount(&disk, UnmountFlags::empty())?;
+    let start = &content[..content.len().min(4096)];
+    let device = File::options().read(true).write(true).open(guest.disk("ext4-verity")?)?;
+    let (mut block, mut damaged) = ([0; 4096], 0);
+    for offset in (0..).step_by(block.len()) {
+        if device.read_at(&mut block, offset)? < block.len() {
+            break;
+        }
+        if block.starts_with(start) {
+            device.write_all_at(&[block[0] ^ 1], offset)?;
+            damaged += 1;
+        }
+    }
+    // As filled by the host, and the copy with fs-verity, of each image.
+    assert_eq!(damaged, 4);
+    device.sync_all()?;
+
+    fixtures::mount_objects(guest, "ext4-verity")?;
+    for fixture in [&V1, &V2] {
+        let none = MountOptions::new(fixture.objects_in(&place));
+        let options = with_verity(&none, Verity::Try);
+        let mounted = mounted::mount(&options, &fixture.image_in(&place))??;
+        assert_only_unreadable(mounted, fixture, &whole, &content, Errno::IO)?;
+    }
+    Ok(())
+}
+
+fn assert_not_enabled(error: Option<Refused>, object: &Path) {
+    match error {
+        Some(Refused::ObjectsNotVerity { path, reason: NotVerity::NotEnabled })
+            if path == object => {}
+        _ => panic!("{} {error:?}", object.display()),
+    }
+}
+
+/// That all files are as those of the same image with `whole` objects, but for those of one content.
+fn assert_only_unreadable(
+    mounted: Mounted,
+    fixture: &Fixture,
+    whole: &Path,
+    content: &[u8],
+    errno: Errno,
+) -> Result<(), Error> {
+    let found = contents()?;
+    mounted.unmount()?;
+    let mounted =
+        mounted::mount(&MountOptions::new(fixture.objects_in(whole)), &fixture.image_in(whole))??;
+    let mut expected = contents()?;
+    mounted.unmount()?;
+
+    let mut harmed = 0;
+    for read in expected.values_mut().filter(|read| read.as_deref() == Ok(content)) {
+        *read = Err(errno);
+        harmed += 1;
+    }
+    assert!(harmed > 0, "the object is no file's");
+    let names = |tree: &Contents| tree.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&found), names(&expected));
+    for (path, read) in &expected {
+        let sizes = |read: &Result<Vec<u8>, Errno>| read.as_ref().map(Vec::len).map_err(|e| *e);
+        let both = (sizes(&found[path]), sizes(read));
+        assert!(found[path] == *read, "{}: {both:?}", path.display());
+    }
+    Ok(())
+}
+
+type Contents = BTreeMap<PathBuf, Result<Vec<u8>, Errno>>;
+
+/// Every regular file of the mounted tree, twice read: what was refused once stays refused.
+fn contents() -> Result<Contents, Error> {
+    let read = |path: &Path| {
+        fs::read(path).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::PROTO))
+    };
+    let mut contents = Contents::new();
+    let mut directories = vec![PathBuf::from(TREE)];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            let (path, kind) = (entry.path(), entry.file_type()?);
+            if kind.is_dir() {
+                directories.push(path);
+            } else if kind.is_file() {
+                let content = read(&path);
+                assert!(content == read(&path), "{}", path.display());
+                contents.insert(path, content);
+            }
+        }
+    }
+    Ok(contents)
+}
+
+/// Messages and exit status of the mount helper, for the same options.
+fn helper(guest: &mut Guest) -> Result<(), Error> {
+    let disk = fixtures::mount_objects(guest, "ext4-verity")?;
+    let place = disk.join("helper");
+    V1.copy_with_verity(&disk, &place)?;
+    let image = V1.image_in(&place);
+    let basedir = format!("basedir={}", V1.objects_in(&place).display());
+    let run = |options: &str| -> Result<(Option<i32>, String), Error> {
+        let before = Traces::now()?;
+        let options = format!("{basedir},{options}");
+        let (status, text) = mounted::mount_with_helper(&image, &["-v", "-o", &options])?;
+        if status == Some(0) {
+            super::manifest::assert_is_manifest(Path::new(TREE));
+            unmount(TREE, UnmountFlags::empty())?;
+        }
+        before.assert_same_now()?;
+        Ok((status, text))
+    };
+
+    let digest = format!("copy,digest={}", V1.digest);
+    for options in ["verity", &digest] {
+        let (status, text) = run(options)?;
+        let (expected, words) = match can_enforce(guest)? {
+            true => (0, "objects are verified (verity=require)"),
+            false => (32, "cannot enforce fs-verity (verity=require needs Linux 6.6)\n  hint: "),
+        };
+        assert_eq!(status, Some(expected), "{text}");
+        assert!(text.contains(words), "{text}");
+    }
+    let (status, text) = run("tryverity")?;
+    let words = match can_enforce(guest)? {
+        true => "objects are verified (verity=require)",
+        false => "objects are not verified: this kernel's overlayfs has no verity=require",
+    };
+    assert_eq!(status, Some(0), "{text}");
+    assert!(text.contains(words), "{text}");
+
+    // Its name is its digest, and vouches for nothing.
+    let object = &fixtures::objects(&V1.objects_in(&place))?[0];
+    let content = fs::read(object)?;
+    let digest = compute_digest(V1.digest()?.algorithm(), &content).to_string();
+    assert!(object.ends_with(format!("{}/{}", &digest[..2], &digest[2..])), "{digest}");
+    fs::remove_file(object)?;
+    fs::write(object, content)?;
+    let (status, text) = run("verity")?;
+    assert_eq!(status, Some(32), "{text}");
+    let words = format!("verity cannot be enforced on {}: fs-verity is not", object.display());
+    assert!(text.contains(&words), "{text}");
+    Ok(())
+}

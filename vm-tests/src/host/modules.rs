@@ -1,0 +1,224 @@
+//! Kernel modules: which ones a module needs, and in which order.
+
+use super::programs::{command, output};
+use crate::{Context, Error};
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// What depmod knows about a kernel's modules. Names are spelled with underscores, as the kernel
+/// spells them, however their files are named.
+#[derive(Debug, Default)]
+pub struct Modules {
+    modules: HashMap<String, Module>,
+    /// Modules by the names that others know them by (`crc32c` is what some kernel's `crc32c_generic`
+    /// provides). Patterns are not kept: they are about devices.
+    aliases: HashMap<String, Vec<String>>,
+    built_in: HashSet<String>,
+}
+
+#[derive(Debug, Default)]
+struct Module {
+    /// Below the directory of the kernel's modules.
+    path: PathBuf,
+    needs: Vec<String>,
+    wants_before: Vec<String>,
+    wants_after: Vec<String>,
+}
+
+/// What to load, in order, and what there is not.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct LoadOrder {
+    pub paths: Vec<PathBuf>,
+    pub missing: Vec<String>,
+}
+
+impl Modules {
+    /// `dir` is `…/lib/modules/RELEASE`. Debian's packages leave running depmod to the installation,
+    /// and a directory that someone else names is not ours to write to: so nothing in it is relied on
+    /// but the modules, and depmod writes its findings to us.
+    pub fn of_directory(dir: &Path, release: &str) -> Result<Modules, Error> {
+        let base = dir
+            .ancestors()
+            .nth(3)
+            .ok_or_else(|| format!("{} is not lib/modules/RELEASE", dir.display()))?;
+        let found =
+            output(command("depmod").arg("--show").arg("--basedir").arg(base).arg(release))?;
+        let built_in = fs::read_to_string(dir.join("modules.builtin")).unwrap_or_default();
+        Ok(Self::parse(&String::from_utf8_lossy(&found), &built_in))
+    }
+
+    /// Parses modules.dep, modules.softdep and modules.alias, in one or joined in any order, and
+    /// modules.builtin.
+    pub fn parse(found: &str, built_in: &str) -> Modules {
+        let mut all = Modules {
+            built_in: built_in.lines().map(name_of_path).collect(),
+            ..Modules::default()
+        };
+        // What is said of a module may come before the module.
+        let mut soft = Vec::new();
+        for line in found.lines() {
+            if let Some((path, needs)) =
+                line.split_once(':').filter(|(path, _)| path.contains(".ko"))
+            {
+                let module = Module {
+                    path: path.into(),
+                    needs: needs.split_whitespace().map(name_of_path).collect(),
+                    ..Module::default()
+                };
+                all.modules.insert(name_of_path(path), module);
+                continue;
+            }
+            let mut words = line.split_whitespace();
+            match (words.next(), words.next(), words.next()) {
+                (Some("alias"), Some(alias), Some(name)) if !alias.contains(['*', '?', '[']) => {
+                    all.aliases.entry(normal(alias)).or_default().push(normal(name));
+                }
+                (Some("softdep"), Some(name), Some(_)) => soft.push((normal(name), line)),
+                _ => {}
+            }
+        }
+        for (name, line) in soft {
+            let Some(module) = all.modules.get_mut(&name) else {
+                continue;
+            };
+            let mut wants = None;
+            for word in line.split_whitespace().skip(2) {
+                match word {
+                    "pre:" => wants = Some(&mut module.wants_before),
+                    "post:" => wants = Some(&mut module.wants_after),
+                    word => {
+                        if let Some(wants) = &mut wants {
+                            wants.push(normal(word));
+                        }
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    /// What to load to have all these modules, each after what it needs.
+    pub fn load_order(&self, names: &[&str]) -> LoadOrder {
+        let mut order = LoadOrder::default();
+        let mut seen = HashSet::new();
+        for name in names {
+            if !self.visit(&normal(name), &mut seen, &mut order.paths) {
+                order.missing.push((*name).to_owned());
+            }
+        }
+        order
+    }
+
+    /// False: no module of the name, and not built in.
+    fn visit(&self, name: &str, seen: &mut HashSet<String>, paths: &mut Vec<PathBuf>) -> bool {
+        if let Some(module) = self.modules.get(name) {
+            if seen.insert(name.to_owned()) {
+                for earlier in module.wants_before.iter().chain(&module.needs) {
+                    self.visit(earlier, seen, paths);
+                }
+                paths.push(module.path.clone());
+                for later in &module.wants_after {
+                    self.visit(later, seen, paths);
+                }
+            }
+            return true;
+        }
+        if self.built_in.contains(name) {
+            return true;
+        }
+        let Some(providers) = self.aliases.get(name).filter(|_| seen.insert(name.to_owned()))
+        else {
+            return seen.contains(name);
+        };
+        // All of them, as modprobe does: they are the generic one and those for some processors.
+        let found = providers.iter().filter(|provider| self.visit(provider, seen, paths));
+        found.count() > 0
+    }
+}
+
+/// The module as the kernel takes it. Not every kernel can decompress modules itself.
+pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    let what = || format!("cannot read {}", path.display());
+    match path.extension().and_then(|extension| extension.to_str()) {
+        Some("xz") => {
+            output(command("xz").args(["--decompress", "--stdout"]).arg(path)).context(what)
+        }
+        Some("zst") => {
+            output(command("zstd").args(["--decompress", "--stdout", "--quiet"]).arg(path))
+                .context(what)
+        }
+        Some("ko") => fs::read(path).context(what),
+        _ => Err(format!("{} is compressed in a way that is not supported", path.display()).into()),
+    }
+}
+
+/// `kernel/fs/nls/nls_iso8859-1.ko.xz` is `nls_iso8859_1`.
+fn name_of_path(path: &str) -> String {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    normal(file.split(".ko").next().unwrap_or(file))
+}
+
+fn normal(name: &str) -> String {
+    name.replace('-', "_")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const FOUND: &str = "\
+# softdep first: what depmod says of a module may come before it.
+softdep btrfs pre: sha256 crypto-crc32c post: later
+kernel/fs/btrfs/btrfs.ko.xz: kernel/lib/raid6_pq.ko.xz kernel/crypto/xor.ko.xz
+kernel/lib/raid6_pq.ko.xz:
+kernel/crypto/xor.ko.xz: kernel/lib/raid6_pq.ko.xz
+kernel/lib/later.ko:
+kernel/arch/crc32c-intel.ko.zst:
+kernel/crypto/sha256_generic.ko:
+alias crypto-crc32c crc32c_intel
+alias pci:v00001AF4d*sv*sd*bc*sc*i* virtio_pci
+alias sha256 sha256_generic
+kernel/a.ko: kernel/b.ko
+kernel/b.ko: kernel/a.ko
+";
+
+    fn order(names: &[&str]) -> (Vec<String>, Vec<String>) {
+        let modules = Modules::parse(FOUND, "kernel/fs/ext4/ext4.ko\n");
+        let order = modules.load_order(names);
+        let names = order.paths.iter().map(|path| name_of_path(path.to_str().unwrap())).collect();
+        (names, order.missing)
+    }
+
+    #[test]
+    fn needs_and_wishes_come_first() {
+        let (loaded, missing) = order(&["btrfs", "xor"]);
+        assert_eq!(loaded, ["sha256_generic", "crc32c_intel", "raid6_pq", "xor", "btrfs", "later"]);
+        assert!(missing.is_empty());
+    }
+
+    #[test]
+    fn built_in_is_not_missing() {
+        assert_eq!(order(&["ext4"]), (vec![], vec![]));
+        assert_eq!(order(&["none-such"]), (vec![], vec!["none-such".to_owned()]));
+    }
+
+    #[test]
+    fn either_spelling_is_found() {
+        assert_eq!(order(&["crc32c_intel"]), order(&["crc32c-intel"]));
+    }
+
+    #[test]
+    fn a_cycle_ends() {
+        assert_eq!(order(&["a"]).0, ["b", "a"]);
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_never_panics(found: String, built_in: String, name: String) {
+            Modules::parse(&found, &built_in).load_order(&[&name]);
+            Modules::parse(&format!("softdep {found}\n{found}.ko: x"), &built_in).load_order(&[&name]);
+        }
+    }
+}

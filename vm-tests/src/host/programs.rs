@@ -1,0 +1,84 @@
+//! The programs that are called, and how to get those that are missing.
+
+use crate::{Context, Error};
+use std::env;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+/// Each with the Debian package that has it. What only fetching kernels needs is among them: a list
+/// that depends on settings would surprise later.
+const NEEDED: &[(&str, &str)] = &[
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("mkfs.btrfs", "btrfs-progs"),
+    ("mkfs.vfat", "dosfstools"),
+    ("mcopy", "mtools"),
+    ("depmod", "kmod"),
+    ("xz", "xz-utils"),
+    ("zstd", "zstd"),
+    ("setpriv", "util-linux"),
+    ("timeout", "coreutils"),
+];
+pub(super) const NEEDED_TO_FETCH: &[(&str, &str)] =
+    &[("apt-get", "apt"), ("apt-cache", "apt"), ("dpkg-deb", "dpkg")];
+
+/// Fails with the names of all that are missing.
+pub fn check() -> Result<(), Error> {
+    check_these(NEEDED)
+}
+
+pub(super) fn check_these(needed: &[(&str, &str)]) -> Result<(), Error> {
+    let missing: Vec<_> = needed.iter().filter(|(program, _)| find(program).is_none()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = missing.iter().map(|(program, _)| *program).collect();
+    let mut packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    Err(format!(
+        "missing programs: {}. On Debian: vm-tests/install-deps (or apt-get install {})",
+        names.join(", "),
+        packages.join(" ")
+    )
+    .into())
+}
+
+/// In PATH and in the directories of system programs, which are not in everyone's PATH.
+fn find(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .map(|dir| dir.join(program))
+        .find(|path| path.is_file())
+}
+
+/// A command that finds system programs too.
+pub fn command(program: &str) -> Command {
+    Command::new(find(program).unwrap_or_else(|| program.into()))
+}
+
+/// Runs a command to its end and gives its output; its errors are in the error.
+pub fn output(command: &mut Command) -> Result<Vec<u8>, Error> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let output =
+        command.stdin(Stdio::null()).output().context(|| format!("cannot run {program}"))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("{program} failed ({}): {}", output.status, said.trim()).into());
+    }
+    Ok(output.stdout)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_is_missing_is_named_once() {
+        let error = check_these(&[("sh", "dash"), ("no-such-a", "some"), ("no-such-b", "some")]);
+        let message = error.unwrap_err().to_string();
+        assert!(message.contains("no-such-a, no-such-b."), "{message}");
+        assert!(message.contains("apt-get install some)"), "{message}");
+    }
+}

@@ -1,0 +1,184 @@
+//! All scenarios on all kernels: which machines to boot for those that were asked for.
+
+use super::Lab;
+use super::kernels::{Kernel, Wanted};
+use super::qemu::{self, Failure, Verdict};
+use crate::Error;
+use crate::scenario::{Machine, Scenario};
+use std::collections::HashMap;
+use std::env;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::thread::{self, JoinHandle};
+
+/// One scenario on one kernel.
+#[derive(Clone, Debug)]
+pub struct Test {
+    /// `KERNEL::SCENARIO`
+    pub name: String,
+    kernel: Arc<Shared>,
+    scenario: &'static Scenario,
+}
+
+/// A kernel, got when the first machine needs it. Getting it fails for all or for none.
+#[derive(Debug)]
+struct Shared {
+    wanted: Wanted,
+    got: OnceLock<Result<Kernel, String>>,
+}
+
+impl Shared {
+    fn get(&self, lab: &Lab) -> Result<&Kernel, String> {
+        let get = || {
+            let no_kernel = |error| format!("no kernel {}: {error}", self.wanted.name());
+            self.wanted.get(lab).map_err(no_kernel)
+        };
+        self.got.get_or_init(get).as_ref().map_err(String::clone)
+    }
+}
+
+/// The tests there are.
+#[derive(Debug)]
+pub struct Suite {
+    pub tests: Vec<Test>,
+}
+
+impl Suite {
+    pub fn new<'a>(
+        kernels: impl IntoIterator<Item = &'a Wanted>,
+        scenarios: impl Iterator<Item = &'static Scenario> + Clone,
+    ) -> Result<Suite, Error> {
+        let mut names = Vec::new();
+        let mut tests = Vec::new();
+        for wanted in kernels {
+            let kernel_name = wanted.name();
+            if names.contains(&kernel_name) {
+                return Err(format!(
+                    "two of the kernels are {kernel_name}; tests could not tell them apart"
+                )
+                .into());
+            }
+            let kernel = Arc::new(Shared { wanted: wanted.clone(), got: OnceLock::new() });
+            tests.extend(scenarios.clone().map(|scenario| Test {
+                name: format!("{kernel_name}::{}", scenario.name),
+                kernel: kernel.clone(),
+                scenario,
+            }));
+            names.push(kernel_name);
+        }
+        Ok(Suite { tests })
+    }
+
+    /// Starts running the selected tests, in threads of their own: kernels and machines in the order
+    /// of the tests.
+    pub fn start(&self, lab: Arc<Lab>, selected: impl Fn(&str) -> bool) -> Session {
+        let mut boots: Vec<Boot> = Vec::new();
+        for test in self.tests.iter().filter(|test| selected(&test.name)) {
+            match boots.iter_mut().find(|boot| boot.suits(test)) {
+                Some(boot) => boot.tests.push(test.clone()),
+                None => {
+                    boots.push(Boot { machine: test.scenario.machine, tests: vec![test.clone()] })
+                }
+            }
+        }
+        let boots = Arc::new(Mutex::new(boots.into_iter()));
+        let verdicts = Arc::new(Verdicts::default());
+        let work = |_| {
+            let (boots, lab, verdicts) = (boots.clone(), lab.clone(), verdicts.clone());
+            // A machine dies with the thread that started it, so a thread sees its machines through.
+            thread::spawn(move || {
+                while let Some(boot) = { boots.lock().expect("taking one does not panic").next() } {
+                    // A machine's description may hold a bug; nobody is to wait for its verdicts forever.
+                    if catch_unwind(AssertUnwindSafe(|| boot.run(&lab, &verdicts))).is_err() {
+                        boot.fail(&verdicts, "the host's side of the machine panicked, see above");
+                    }
+                }
+            })
+        };
+        let threads = Mutex::new((0..jobs()).map(work).collect());
+        Session { lab, verdicts, threads }
+    }
+}
+
+/// A machine has two processors, and is rarely using both.
+fn jobs() -> usize {
+    let asked = env::var("SEALMOUNT_VM_JOBS").ok().and_then(|jobs| jobs.parse().ok());
+    let processors = || thread::available_parallelism().map_or(1, |processors| processors.get());
+    asked.unwrap_or_else(processors).max(1)
+}
+
+/// Tests that share one boot of one kernel.
+#[derive(Debug)]
+struct Boot {
+    machine: &'static Machine,
+    /// Never empty.
+    tests: Vec<Test>,
+}
+
+impl Boot {
+    fn suits(&self, test: &Test) -> bool {
+        Arc::ptr_eq(&self.tests[0].kernel, &test.kernel)
+            && self.machine.name == test.scenario.machine.name
+    }
+
+    fn run(&self, lab: &Lab, verdicts: &Verdicts) {
+        match self.tests[0].kernel.get(lab) {
+            Ok(kernel) => {
+                let scenarios: Vec<_> = self.tests.iter().map(|test| test.scenario).collect();
+                qemu::run(lab, kernel, self.machine, &scenarios, |number, verdict| {
+                    verdicts.put(&self.tests[number].name, verdict);
+                });
+            }
+            Err(message) => self.fail(verdicts, &message),
+        }
+    }
+
+    /// All that have no verdict yet.
+    fn fail(&self, verdicts: &Verdicts, message: &str) {
+        for test in &self.tests {
+            verdicts
+                .put(&test.name, Err(Failure { message: message.to_owned(), log: String::new() }));
+        }
+    }
+}
+
+/// By the tests' names, as they come.
+#[derive(Debug, Default)]
+struct Verdicts {
+    known: Mutex<HashMap<String, Verdict>>,
+    more: Condvar,
+}
+
+impl Verdicts {
+    /// The first one counts.
+    fn put(&self, name: &str, verdict: Verdict) {
+        let mut known = self.known.lock().expect("keeping a verdict does not panic");
+        known.entry(name.to_owned()).or_insert(verdict);
+        self.more.notify_all();
+    }
+}
+
+/// Tests that are being run.
+#[derive(Debug)]
+pub struct Session {
+    pub lab: Arc<Lab>,
+    verdicts: Arc<Verdicts>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Session {
+    /// Waits for a test's. It must be one of those selected.
+    pub fn verdict(&self, name: &str) -> Verdict {
+        let known = self.verdicts.known.lock().expect("keeping a verdict does not panic");
+        let known = self.verdicts.more.wait_while(known, |known| !known.contains_key(name));
+        known.expect("keeping a verdict does not panic")[name].clone()
+    }
+
+    /// Waits for the last machine to be off.
+    pub fn finish(&self) {
+        let threads = std::mem::take(&mut *self.threads.lock().expect("waiting does not panic"));
+        for thread in threads {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! Runs scenarios on other kernels than the running one, in virtual machines.
+//!
+//! A *scenario* is a function that runs inside a machine, as root, in a process and a mount
+//! namespace of its own; see [`guest`] for the list and for what a scenario is given. A *machine*
+//! says what it runs in: modules, files, disks, kernel command line. Scenarios of one machine share
+//! its boot. Both are described by [`scenario`], which host and guest compile alike.
+//!
+//! The *host* side ([`host`]) fetches kernels, packs an initramfs around the static `vm-init`, boots
+//! it with QEMU and tells it, scenario by scenario, what to run; [`protocol`] is the language the two
+//! speak, over a serial port of its own so that kernel messages cannot mix with it.
+//!
+//! ```text
+//! cargo test -p vm-tests                       # every scenario on every kernel
+//! cargo test -p vm-tests --test vm -- 6.12::boots
+//! ```
+//!
+//! | environment variable | what it does |
+//! |---|---|
+//! | `SEALMOUNT_VM_KERNELS=DIR[:DIR…]` | these kernels only, nothing is fetched; each directory holds a `vmlinuz*` or `bzImage` (also in `boot/`, as in an unpacked package) and, if it has modules, `lib/modules/RELEASE` |
+//! | `SEALMOUNT_VM_SERIES=6.1,7.3` | which series of Debian's kernels to fetch and run |
+//! | `SEALMOUNT_VM_JOBS=N` | machines to run at a time |
+//!
+//! Kernels are fetched once, to `target/vm/kernels/SERIES`; delete that to get newer ones.
+//! `target/vm/log` keeps the console of the last boot of each machine. `install-deps` installs the
+//! programs that the host side calls.
+#![forbid(unsafe_code)]
+
+pub mod guest;
+pub mod host;
+pub mod protocol;
+pub mod scenario;
+
+/// What went wrong, in words: nothing here is handled by kind, only shown.
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// Says what was being done when something went wrong.
+pub trait Context<T> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T, Error>;
+}
+
+impl<T, E: std::fmt::Display> Context<T> for Result<T, E> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T, Error> {
+        self.map_err(|error| format!("{}: {error}", what()).into())
+    }
+}

@@ -1,0 +1,194 @@
+//! What host and guest say to each other over the second serial port, one line a frame.
+//!
+//! The port carries nothing else in a healthy machine. Still, a line counts only if it carries the
+//! boot's token and its own checksum, so that no fragment, echo or stray output passes for a result.
+
+use std::fmt::Write as _;
+
+/// Host to guest, and guest to host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// Guest: modules are loaded, scenarios can run.
+    Ready {
+        release: String,
+    },
+    /// Host: run this. Answered by `Passed` or `Failed`, of the same name.
+    Run {
+        scenario: String,
+    },
+    Passed {
+        scenario: String,
+    },
+    Failed {
+        scenario: String,
+        message: String,
+    },
+    /// Guest: it can run nothing.
+    Unfit {
+        message: String,
+    },
+    /// Host: switch the machine off.
+    Off,
+}
+
+/// Why a line is not a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotAFrame {
+    /// It does not look like one.
+    Noise,
+    /// It looks like one, and is cut short, garbled or of another boot.
+    Damaged,
+}
+
+/// Every frame starts with it, on a line of its own.
+const MARK: &str = "@vm-tests ";
+
+impl Frame {
+    /// The frame as a line. It starts with a newline too, to not be glued to an unfinished line.
+    pub fn encode(&self, token: &str) -> String {
+        let (kind, fields): (&str, Vec<&str>) = match self {
+            Frame::Ready { release } => ("ready", vec![release]),
+            Frame::Run { scenario } => ("run", vec![scenario]),
+            Frame::Passed { scenario } => ("passed", vec![scenario]),
+            Frame::Failed { scenario, message } => ("failed", vec![scenario, message]),
+            Frame::Unfit { message } => ("unfit", vec![message]),
+            Frame::Off => ("off", vec![]),
+        };
+        let mut line = format!("{MARK}{token} {kind}");
+        for field in fields {
+            line.push(' ');
+            escape(field, &mut line);
+        }
+        format!("\n{line} {:016x}\n", checksum(line.as_bytes()))
+    }
+
+    /// Reads a line, with or without its end.
+    pub fn decode(line: &[u8], token: &str) -> Result<Frame, NotAFrame> {
+        let line = line.trim_ascii_end();
+        if !line.starts_with(MARK.as_bytes()) {
+            return Err(NotAFrame::Noise);
+        }
+        Self::decode_marked(line, token).ok_or(NotAFrame::Damaged)
+    }
+
+    fn decode_marked(line: &[u8], token: &str) -> Option<Frame> {
+        let (summed, sum) = std::str::from_utf8(line).ok()?.rsplit_once(' ')?;
+        if sum != format!("{:016x}", checksum(summed.as_bytes())) {
+            return None;
+        }
+        let mut fields = summed.strip_prefix(MARK)?.split(' ');
+        if fields.next()? != token {
+            return None;
+        }
+        let kind = fields.next()?;
+        let mut next = || fields.next().and_then(unescape);
+        let frame = match kind {
+            "ready" => Frame::Ready { release: next()? },
+            "run" => Frame::Run { scenario: next()? },
+            "passed" => Frame::Passed { scenario: next()? },
+            "failed" => Frame::Failed { scenario: next()?, message: next()? },
+            "unfit" => Frame::Unfit { message: next()? },
+            "off" => Frame::Off,
+            _ => return None,
+        };
+        fields.next().is_none().then_some(frame)
+    }
+}
+
+/// Leaves only bytes that no terminal setting changes and that no field separator is made of.
+fn escape(text: &str, into: &mut String) {
+    for byte in text.bytes() {
+        match byte {
+            b'%' | b'@' => write!(into, "%{byte:02x}").expect("a String takes all"),
+            byte if byte.is_ascii_graphic() => into.push(byte.into()),
+            byte => write!(into, "%{byte:02x}").expect("a String takes all"),
+        }
+    }
+}
+
+fn unescape(field: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        if first == b'%' {
+            let (digits, after) = after.split_at_checked(2)?;
+            bytes.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
+            rest = after;
+        } else {
+            bytes.push(first);
+            rest = after;
+        }
+    }
+    String::from_utf8(bytes).ok()
+}
+
+/// FNV-1a. It guards against accidents, not against forgery.
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, &byte| {
+        (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn any_frame() -> impl Strategy<Value = Frame> {
+        prop_oneof![
+            any::<String>().prop_map(|release| Frame::Ready { release }),
+            any::<String>().prop_map(|scenario| Frame::Run { scenario }),
+            any::<String>().prop_map(|scenario| Frame::Passed { scenario }),
+            any::<(String, String)>()
+                .prop_map(|(scenario, message)| Frame::Failed { scenario, message }),
+            any::<String>().prop_map(|message| Frame::Unfit { message }),
+            Just(Frame::Off),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_is_decoded(frame in any_frame(), token in "[0-9a-f]{1,32}") {
+            let text = frame.encode(&token);
+            let line = text.trim_matches('\n');
+            prop_assert!(line.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic()));
+            prop_assert_eq!(Frame::decode(line.as_bytes(), &token), Ok(frame.clone()));
+            // As a terminal in its usual mode sends it.
+            prop_assert_eq!(Frame::decode(format!("{line}\r\n").as_bytes(), &token), Ok(frame));
+        }
+
+        #[test]
+        fn a_cut_line_is_no_frame(frame in any_frame(), cut in any::<prop::sample::Index>()) {
+            let text = frame.encode("token");
+            let line = text.trim_matches('\n').as_bytes();
+            prop_assert!(Frame::decode(&line[..cut.index(line.len())], "token").is_err());
+        }
+
+        #[test]
+        fn a_changed_byte_is_noticed(frame in any_frame(), at in any::<prop::sample::Index>(), bit in 0..8u8) {
+            let text = frame.encode("token");
+            let mut line = text.trim_matches('\n').as_bytes().to_vec();
+            let at = at.index(line.len());
+            line[at] ^= 1 << bit;
+            prop_assert!(Frame::decode(&line, "token").is_err());
+        }
+
+        #[test]
+        fn garbage_never_panics(garbage in any::<Vec<u8>>(), text in any::<String>()) {
+            let _ = Frame::decode(&garbage, "token");
+            let _ = Frame::decode(format!("{MARK}{text}").as_bytes(), "token");
+            let summed = format!("{MARK}token failed {text}");
+            let _ = Frame::decode(format!("{summed} {:016x}", checksum(summed.as_bytes())).as_bytes(), "token");
+        }
+    }
+
+    #[test]
+    fn another_boots_frame_is_damaged() {
+        let text = Frame::Off.encode("one");
+        assert_eq!(Frame::decode(text.trim().as_bytes(), "two"), Err(NotAFrame::Damaged));
+        assert_eq!(
+            Frame::decode(b"[    0.5] random: crng init done", "two"),
+            Err(NotAFrame::Noise)
+        );
+    }
+}

@@ -1,0 +1,100 @@
+//! That what goes wrong in a machine is reported as what it is. Boots one kernel, several times.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use vm_tests::guest::FAULTS;
+use vm_tests::host::Lab;
+use vm_tests::host::kernels::{Kernel, Wanted};
+use vm_tests::host::qemu::{self, Verdict};
+use vm_tests::scenario::Scenario;
+
+fn lab() -> Lab {
+    Lab::new(Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap()).unwrap()
+}
+
+/// Runs all scenarios of a machine.
+fn verdicts(lab: &Lab, machine: &str) -> HashMap<&'static str, Verdict> {
+    let kernel = Wanted::from_environment()[0].get(lab).unwrap();
+    let scenarios: Vec<&Scenario> =
+        FAULTS.iter().filter(|fault| fault.machine.name == machine).collect();
+    let mut verdicts = HashMap::new();
+    qemu::run(lab, &kernel, scenarios[0].machine, &scenarios, |number, verdict| {
+        let name = scenarios[number].name;
+        assert!(verdicts.insert(name, verdict).is_none(), "{name} has two verdicts");
+    });
+    assert_eq!(verdicts.len(), scenarios.len());
+    verdicts
+}
+
+#[track_caller]
+fn assert_says(verdicts: &HashMap<&str, Verdict>, scenario: &str, expected: &str) {
+    let failure = verdicts[scenario].clone().unwrap_err();
+    assert!(failure.message.contains(expected), "{scenario}: {failure:?}");
+}
+
+#[test]
+fn what_a_machine_survives_is_the_scenarios_own() {
+    let lab = lab();
+    let verdicts = verdicts(&lab, "fault-survives");
+    assert_says(&verdicts, "fails", "a message\nof two lines, with \u{201c}quotes\u{201d}");
+    assert_says(&verdicts, "panics", "a panic of the scenario");
+    assert!(verdicts["panics"].clone().unwrap_err().log.contains("vm-init: scenario panics"));
+    assert_says(&verdicts, "exits", "ended without a result (exit status: 0)");
+    assert_says(&verdicts, "is_killed", "ended without a result (signal: 6");
+    assert_says(&verdicts, "sleeps", "still running after its time limit of 3s");
+    assert_says(&verdicts, "writes_on_the_channel", "the forged result did not count");
+    assert_eq!(verdicts["leaves_a_mount"], Ok(()));
+    assert_eq!(verdicts["still_works"], Ok(()));
+}
+
+#[test]
+fn a_kernel_panic() {
+    let lab = lab();
+    let verdicts = verdicts(&lab, "fault-panics");
+    assert_says(&verdicts, "panics_the_kernel", "Kernel panic");
+    assert_says(&verdicts, "after_the_panic", "not run: the machine was lost in panics_the_kernel");
+}
+
+#[test]
+fn a_hang() {
+    let lab = lab();
+    assert_says(&verdicts(&lab, "fault-halts"), "halts", "the machine hung, nothing came for 13s");
+}
+
+#[test]
+fn a_machine_that_switches_itself_off() {
+    let lab = lab();
+    assert_says(
+        &verdicts(&lab, "fault-switches-off"),
+        "switches_off",
+        "no result: the machine switched itself off",
+    );
+}
+
+#[test]
+fn a_machine_that_does_not_get_ready() {
+    let lab = lab();
+    let verdicts = verdicts(&lab, "fault-has-no-init");
+    assert_says(&verdicts, "has_no_init", "did not get ready: cannot execute /no/such/program");
+}
+
+#[test]
+fn a_kernel_that_qemu_refuses() {
+    let lab = lab();
+    let dir = lab.temporary("not-a-kernel");
+    fs::create_dir(&dir).unwrap();
+    // Enough of a header for us, and not for QEMU.
+    let mut image = vec![0; 0x400];
+    image[0x202..0x206].copy_from_slice(b"HdrS");
+    image[0x20e..0x210].copy_from_slice(&0x80u16.to_le_bytes());
+    image[0x280..0x284].copy_from_slice(b"0.0 ");
+    fs::write(dir.join("bzImage"), image).unwrap();
+
+    let kernel = Kernel::in_directory(&dir).unwrap();
+    let mut verdict = None;
+    let fault = &FAULTS[0];
+    qemu::run(&lab, &kernel, fault.machine, &[fault], |_, given| verdict = Some(given));
+    let message = verdict.unwrap().unwrap_err().message;
+    assert!(message.contains("QEMU ended (exit status: 1)"), "{message}");
+}

@@ -1,0 +1,65 @@
+//! Every scenario on every kernel, each a test of its own.
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use vm_tests::host::Lab;
+use vm_tests::host::kernels::Wanted;
+use vm_tests::host::suite::{Session, Suite};
+use vm_tests::{Error, guest};
+
+fn main() -> ExitCode {
+    run().unwrap_or_else(|error| {
+        eprintln!("vm-tests: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run() -> Result<ExitCode, Error> {
+    let arguments = Arguments::from_args();
+    let suite = Suite::new(&Wanted::from_environment(), guest::scenarios())?;
+    let session = if suite.tests.iter().any(|test| is_selected(&arguments, &test.name)) {
+        let target =
+            Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it is in cargo's target");
+        let lab = Arc::new(Lab::new(target)?);
+        Some(Arc::new(suite.start(lab, |name| is_selected(&arguments, name))))
+    } else {
+        None
+    };
+
+    let trial = |name: &String| {
+        let (name, session) = (name.clone(), session.clone());
+        Trial::test(name.clone(), move || verdict(&session.expect("the test is selected"), &name))
+    };
+    let trials = suite.tests.iter().map(|test| trial(&test.name)).collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    // Every result is there, but the last machine may not be off, nor its files removed.
+    if let Some(session) = session {
+        session.finish();
+    }
+    Ok(conclusion.exit_code())
+}
+
+fn verdict(session: &Session, name: &str) -> Result<(), Failed> {
+    session.verdict(name).map_err(|failure| {
+        let log = session.lab.kept("log");
+        let console = match failure.log.trim() {
+            "" => String::new(),
+            log => format!("\n--- console\n{log}\n---"),
+        };
+        Failed::from(format!("{}{console}\n(whole consoles: {})", failure.message, log.display()))
+    })
+}
+
+/// As libtest-mimic selects, which does not tell: a machine is to run what was selected and no more.
+fn is_selected(arguments: &Arguments, name: &str) -> bool {
+    let matches = |pattern: &String| match arguments.exact {
+        true => name == pattern,
+        false => name.contains(pattern.as_str()),
+    };
+    let listed_only = arguments.list || arguments.ignored;
+    !listed_only
+        && arguments.filter.as_ref().is_none_or(matches)
+        && !arguments.skip.iter().any(matches)
+}
