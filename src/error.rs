@@ -265,8 +265,6 @@ pub enum Operation {
     SampleObjects,
     #[error("make a memory file for the copy")]
     CreateMemory,
-    #[error("reserve memory for the copy")]
-    ReserveMemory,
     #[error("write to the copy")]
     WriteMemory,
     #[error("read the copy")]

@@ -9,11 +9,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::fs::{
-    FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create,
-    openat,
-};
-use rustix::io::{Errno, retry_on_intr};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, memfd_create, openat};
+use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
 use crate::error::{Error, KernelError, Operation};
@@ -57,7 +54,12 @@ pub(crate) fn memory_name(image: &Path) -> Vec<u8> {
 }
 
 impl UnsealedMemory {
-    /// A file with room for `size` bytes, which must be within the limit.
+    /// An empty file for `size` bytes, which must be within the limit.
+    ///
+    /// The memory is taken when it is written to, with [pwrite(2)] and not through a mapping, so
+    /// running out of it is an error and no signal.
+    ///
+    /// [pwrite(2)]: https://man7.org/linux/man-pages/man2/pwrite.2.html
     pub fn create(
         kind: Memory,
         image: &Path,
@@ -69,15 +71,13 @@ impl UnsealedMemory {
             return Err(Error::NotEnoughMemory { image: image.to_owned(), size, limit });
         }
         match kind {
-            Memory::Memfd => UnsealedMemory::memfd(image, size),
+            Memory::Memfd => UnsealedMemory::memfd(image),
             Memory::Ramfs => UnsealedMemory::ramfs(image),
         }
         .map_err(Error::from)
     }
 
-    /// All the memory is reserved here, so that running out is an answer now and not a surprise
-    /// later.
-    fn memfd(image: &Path, size: u64) -> Result<UnsealedMemory, KernelError> {
+    fn memfd(image: &Path) -> Result<UnsealedMemory, KernelError> {
         let mut name = memory_name(image);
         // memfd_create(2): at most 249 bytes.
         name.truncate(249);
@@ -89,12 +89,9 @@ impl UnsealedMemory {
             result => result,
         }
         .map_err(|errno| KernelError::new(Operation::CreateMemory, errno))?;
-        retry_on_intr(|| fallocate(&memfd, FallocateFlags::empty(), 0, size))
-            .map_err(|errno| KernelError::new(Operation::ReserveMemory, errno).on(image))?;
         Ok(UnsealedMemory::Memfd(memfd))
     }
 
-    /// ramfs cannot reserve; what it has got it keeps, and never swaps out.
     fn ramfs(image: &Path) -> Result<UnsealedMemory, KernelError> {
         let context = FsContext::open("ramfs")?;
         context.set_string("mode", "0700")?;
