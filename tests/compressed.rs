@@ -3,10 +3,8 @@
 mod common;
 
 use std::fs;
-use std::io::Write;
-use std::process::{Command, Stdio};
 
-use common::{Sandbox, V1, V2, assert_is_manifest, large_image};
+use common::{Sandbox, V1, V2, assert_is_manifest, large_image, through};
 use proptest::prelude::*;
 use sealmount::{
     Algorithm, Compression, Error, ImageError, Memory, MountOptions, SizeLimit, Step,
@@ -19,23 +17,6 @@ const PROGRAMS: [(Compression, &[&str]); 3] = [
     (Compression::Gzip, &["gzip", "-c"]),
 ];
 
-/// What a program makes of these bytes.
-fn through(program: &[&str], input: &[u8]) -> Vec<u8> {
-    let mut child = Command::new(program[0])
-        .args(&program[1..])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap_or_else(|error| panic!("{}: {error}", program[0]));
-    let mut stdin = child.stdin.take().unwrap();
-    let output = std::thread::scope(|scope| {
-        scope.spawn(move || stdin.write_all(input).unwrap());
-        child.wait_with_output().unwrap()
-    });
-    assert!(output.status.success());
-    output.stdout
-}
-
 fn options(digest: bool) -> MountOptions {
     let mut options = V1.copy_options();
     options.digest = digest.then(|| V1.digest());
@@ -47,6 +28,25 @@ fn refused(sandbox: &Sandbox, options: &MountOptions, content: &[u8]) -> Error {
     match options.mount(sandbox.file("refused", content)) {
         Err(error) => error,
         Ok(_) => panic!("mounted"),
+    }
+}
+
+/// RLIMIT_DATA: all private writable memory of the process, anonymous or not, the first stack aside.
+#[test]
+fn a_large_image_is_decompressed_in_8_mib_with_the_window() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mnt = sandbox.directory("mnt");
+    let content = large_image(64 << 20);
+    let digest = compute_digest(Algorithm::Sha256, &content);
+    let basedir = V1.objects();
+    let options = format!("copy,noverity,digest={digest},basedir={}", basedir.display());
+    // Windows of 2 MiB, 1 MiB and 32 KiB.
+    for program in [&["zstd", "-3"][..], &["xz", "-1"], &["gzip"]] {
+        let image = sandbox.file("large", &through(program, &content));
+        let (image, mnt_text) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+        let helper = env!("CARGO_BIN_EXE_mount-composefs");
+        common::run("prlimit", ["--data=8388608", helper, image, mnt_text, "-o", &options]);
+        common::umount(&mnt);
     }
 }
 

@@ -5,11 +5,12 @@ mod common;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use common::{
-    Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, mount_at, mount_composefs, mounts,
-    run, umount, umount_8,
+    Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, large_image, mount_at,
+    mount_composefs, mounts, run, umount, umount_8,
 };
 
 fn basedir() -> String {
@@ -92,7 +93,7 @@ fn without_permission_it_says_so() {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
     }
     let nobody = |options: &str| {
-        std::process::Command::new("setpriv")
+        Command::new("setpriv")
             .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
             .args([helper.as_path(), &image, directory])
             .args(["-o", &format!("basedir=/tmp,{options}")])
@@ -176,14 +177,65 @@ fn nothing_is_said_without_v() {
 }
 
 #[test]
+fn nobody_has_to_listen() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut helper = Command::new(env!("CARGO_BIN_EXE_mount-composefs"));
+    helper.arg("-v").args([&image, &mnt]).args(["-o", &basedir()]).stderr(writer);
+    assert!(helper.status().unwrap().success());
+    assert_is_manifest(&mnt);
+    umount(&mnt);
+}
+
+/// What the helper writes to a terminal that script(1) makes.
+fn on_a_terminal(image: &Path, mnt: &Path) -> String {
+    let helper = env!("CARGO_BIN_EXE_mount-composefs");
+    let call = format!("{helper} -v -o copy,{} {} {}", basedir(), image.display(), mnt.display());
+    let mut script = Command::new("script");
+    let output = script.args(["-qec", &call, "/dev/null"]).stdin(Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn a_copy_that_takes_long_shows_its_progress_on_a_terminal() {
+    const STREAM: usize = 16 * 1024 * 1024;
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mnt = sandbox.directory("mnt");
+    let short = on_a_terminal(&V1.image(), &mnt);
+    assert!(short.contains("copied into") && !short.contains("copying ["), "{short}");
+    umount(&mnt);
+
+    // As many streams as it takes.
+    let stream = common::through(&["xz", "-0"], &large_image(STREAM));
+    for streams in [8, 16, 32, 64] {
+        let mut head = large_image(STREAM);
+        head[1060..1064].copy_from_slice(&((streams * STREAM / 4096) as u32).to_le_bytes());
+        let head = common::through(&["xz", "-0"], &head);
+        let image = sandbox.file("image.xz", &[head, stream.repeat(streams - 1)].concat());
+        let start = Instant::now();
+        let said = on_a_terminal(&image, &mnt);
+        umount(&mnt);
+        if start.elapsed() > Duration::from_millis(1500) {
+            assert!(said.contains("\rcopying [") && said.contains("%"), "{said}");
+            assert!(said.contains("\r\x1b[Kmount.composefs: image "), "{said}");
+            return;
+        }
+    }
+    panic!("a copy of 1 GiB takes less than 1.5 seconds");
+}
+
+#[test]
 fn n_mounts_in_another_namespace() {
     let Some(sandbox) = Sandbox::new() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (i, d) = (image.to_str().unwrap(), mnt.to_str().unwrap());
-    let mut other = std::process::Command::new("unshare")
+    let mut other = Command::new("unshare")
         .args(["--mount", "sh", "-c", "echo; read line"])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
         .spawn()
         .unwrap();
     std::io::Read::read_exact(other.stdout.as_mut().unwrap(), &mut [0]).unwrap();

@@ -3,7 +3,8 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::{OsStr, OsString};
-use std::io::IsTerminal;
+use std::fmt;
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -93,37 +94,42 @@ fn is_loop_device(operation: Operation) -> bool {
 
 fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|panic| {
-        eprintln!("mount.composefs: internal bug, please report it: {panic}");
+        tell(format_args!("mount.composefs: internal bug, please report it: {panic}\n"));
         std::process::exit(Status::InternalBug as i32);
     }));
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("mount.composefs: {}", failure.message);
+            tell(format_args!("mount.composefs: {}\n", failure.message));
             if let Some(hint) = failure.hint {
-                eprintln!("  hint: {hint}");
+                tell(format_args!("  hint: {hint}\n"));
             }
             ExitCode::from(failure.status as u8)
         }
     }
 }
 
+/// Writes to standard error. That nobody listens any more is no reason to stop half way, as eprintln!
+/// would.
+fn tell(text: fmt::Arguments) {
+    let _ = io::stderr().write_all(text.to_string().as_bytes());
+}
+
 fn run() -> Result<(), Failure> {
     let arguments = match Command::parse(Parser::from_env()) {
         Ok(Command::Mount(arguments)) => arguments,
         Ok(Command::Print(text)) => {
-            println!("{text}");
+            let _ = writeln!(io::stdout(), "{text}");
             return Ok(());
         }
         Err(error) => return Err(Failure::usage(error.to_string())),
     };
-    let say = |text: &dyn std::fmt::Display| {
+    let say = |text: &dyn fmt::Display| {
         if arguments.verbose {
-            eprintln!("mount.composefs: {text}");
+            tell(format_args!("mount.composefs: {text}\n"));
         }
     };
-    let mut bar =
-        Bar { wanted: arguments.verbose && std::io::stderr().is_terminal(), drawn: false };
+    let mut bar = Bar { wanted: arguments.verbose && io::stderr().is_terminal(), drawn: false };
 
     let options = if arguments.sloppy {
         let Sloppy { options, unknown } =
@@ -176,7 +182,8 @@ impl Bar {
         if self.wanted {
             let filled = (done * Bar::WIDTH / total.max(1)) as usize;
             let (bar, percent) = ("#".repeat(filled), done * 100 / total.max(1));
-            eprint!("\rcopying [{bar:<width$}] {percent:3}%", width = Bar::WIDTH as usize);
+            let width = Bar::WIDTH as usize;
+            tell(format_args!("\rcopying [{bar:<width$}] {percent:3}%"));
             self.drawn = true;
         }
     }
@@ -184,7 +191,7 @@ impl Bar {
     fn clear(&mut self) {
         if self.drawn {
             // To the start of the line, and erase what is there.
-            eprint!("\r\x1b[K");
+            tell(format_args!("\r\x1b[K"));
             self.drawn = false;
         }
     }

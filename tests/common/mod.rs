@@ -7,8 +7,9 @@ mod visible;
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -156,6 +157,23 @@ pub fn umount_8(target: &Path) {
         std::thread::sleep(Duration::from_millis(20));
     }
     panic!("{} is in use", target.display());
+}
+
+/// What a program makes of these bytes.
+pub fn through(program: &[&str], input: &[u8]) -> Vec<u8> {
+    let mut child = Command::new(program[0])
+        .args(&program[1..])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{}: {error}", program[0]));
+    let mut stdin = child.stdin.take().unwrap();
+    let output = std::thread::scope(|scope| {
+        scope.spawn(move || stdin.write_all(input).unwrap());
+        child.wait_with_output().unwrap()
+    });
+    assert!(output.status.success());
+    output.stdout
 }
 
 /// Runs the helper.
