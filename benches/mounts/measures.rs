@@ -19,7 +19,7 @@ pub fn measure_data_limit(bench: &Bench, image: &Image, report: &mut Report) {
     let options = copy_options(image, "memfd");
     let mounts = |file: &Path, limit: usize| {
         let mut command = prlimit.command();
-        command.arg(format!("--data={limit}")).arg(env!("CARGO_BIN_EXE_mount-composefs"));
+        command.arg(format!("--data={limit}")).args(bench.programs.helper.words());
         command.args(["-f", "-o", &options]).arg(file).arg(&bench.mnt);
         let status = command.stdin(Stdio::null()).stderr(Stdio::null()).status();
         memory::settle();
@@ -110,13 +110,13 @@ pub fn tabulate(report: &mut Report) {
             ratio(whole::PLAIN, whole::PLAIN_COMPOSEFS_RS),
         ),
         (
-            "ramfs: page cache after walking the tree ÷ image",
+            "ramfs: memory after walking the tree, beside directories' own ÷ image",
             "≤",
             1.05,
             report.median("memory, of the image", "ramfs, walked"),
         ),
         (
-            "memfd: page cache after walking the tree ÷ image",
+            "memfd: memory after walking the tree, beside directories' own ÷ image",
             "–",
             0.0,
             report.median("memory, of the image", "memfd, walked"),

@@ -1,6 +1,7 @@
 //! The programs that are measured. Those that are not installed are left out.
 
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// A program, and arguments that come first: a loader, for one that is not installed.
@@ -12,6 +13,11 @@ impl Program {
         let mut command = Command::new(&self.0[0]);
         command.args(&self.0[1..]);
         command
+    }
+
+    /// To be run by another program.
+    pub fn words(&self) -> &[OsString] {
+        &self.0
     }
 
     /// What a variable names, its words separated by spaces.
@@ -29,10 +35,10 @@ impl Program {
 }
 
 pub struct Programs {
-    /// The helper as `cargo bench` builds it.
+    /// The helper as README.md installs it.
     pub helper: Program,
-    /// `SEALMOUNT_BENCH_HELPER`: another build of it, a static one.
-    pub other_helper: Option<Program>,
+    /// The helper as cargo builds it without being asked for a static one.
+    pub dynamic_helper: Program,
     /// `SEALMOUNT_BENCH_MOUNT_COMPOSEFS`, or in `PATH`: mount.composefs of composefs.
     pub composefs: Option<Program>,
     /// `SEALMOUNT_BENCH_COMPOSEFS_RS`, or in `PATH`: mount.composefs of composefs-rs.
@@ -65,8 +71,8 @@ impl Programs {
             program.answer("--help")?.contains(of).then_some(program)
         };
         Programs {
-            helper: Program(vec![env!("CARGO_BIN_EXE_mount-composefs").into()]),
-            other_helper: Program::from_environment("SEALMOUNT_BENCH_HELPER"),
+            helper: Program(vec![static_helper().into()]),
+            dynamic_helper: Program(vec![env!("CARGO_BIN_EXE_mount-composefs").into()]),
             composefs: Program::from_environment("SEALMOUNT_BENCH_MOUNT_COMPOSEFS")
                 .or_else(|| in_path("mount.composefs", "[-t type] [-o opt")),
             composefs_rs: Program::from_environment("SEALMOUNT_BENCH_COMPOSEFS_RS")
@@ -79,4 +85,20 @@ impl Programs {
             versions,
         }
     }
+}
+
+/// Builds the helper with the command of README.md.
+fn static_helper() -> PathBuf {
+    println!("the static helper…");
+    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("static");
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+    cargo
+        .args(["build", "--quiet", "--release", "--locked", "--bin", "mount-composefs"])
+        .args(["--target", &target, "--target-dir"])
+        .arg(&directory)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .env("RUSTFLAGS", "-C target-feature=+crt-static");
+    assert!(cargo.status().is_ok_and(|status| status.success()), "{cargo:?}");
+    directory.join(target).join("release/mount-composefs")
 }

@@ -14,7 +14,7 @@ pub struct Effort {
 
 impl Effort {
     pub const FULL: Effort =
-        Effort { rounds_min: 5, rounds_max: 61, time: Duration::from_secs(12) };
+        Effort { rounds_min: 3, rounds_max: 61, time: Duration::from_secs(12) };
     pub const QUICK: Effort = Effort { rounds_min: 2, rounds_max: 5, time: Duration::from_secs(1) };
 
     /// Calls `round` so often, and once before that does not count: caches fill.

@@ -12,11 +12,11 @@ use crate::timing::{Case, alternate, whole_process};
 use crate::{Bench, SIZES, digests, memory};
 
 pub const PLAIN: &str = "plain mount";
-pub const PLAIN_OTHER: &str = "plain mount, other build";
+pub const PLAIN_DYNAMIC: &str = "plain mount, not static";
 pub const PLAIN_COMPOSEFS: &str = "composefs: mount.composefs";
 pub const PLAIN_COMPOSEFS_RS: &str = "composefs-rs: mount.composefs";
 pub const MEMFD: &str = "copy=memfd,digest=";
-pub const MEMFD_OTHER: &str = "copy=memfd,digest=, other build";
+pub const MEMFD_DYNAMIC: &str = "copy=memfd,digest=, not static";
 pub const RAMFS: &str = "copy=ramfs,digest=";
 pub const COLD: &str = "copy=memfd,digest=, not in the page cache";
 pub const PIPELINE: &str = "cp to a tmpfs; fsverity digest; mount.composefs";
@@ -30,11 +30,11 @@ pub const XZ_PROGRAM: &str = "xz -d to a tmpfs";
 
 const ALL: [&str; 16] = [
     PLAIN,
-    PLAIN_OTHER,
+    PLAIN_DYNAMIC,
     PLAIN_COMPOSEFS,
     PLAIN_COMPOSEFS_RS,
     MEMFD,
-    MEMFD_OTHER,
+    MEMFD_DYNAMIC,
     RAMFS,
     COLD,
     PIPELINE,
@@ -83,7 +83,7 @@ fn plain<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Cas
     let programs = &bench.programs;
     [
         (PLAIN, Some(&programs.helper)),
-        (PLAIN_OTHER, programs.other_helper.as_ref()),
+        (PLAIN_DYNAMIC, Some(&programs.dynamic_helper)),
         (PLAIN_COMPOSEFS, programs.composefs.as_ref()),
         (PLAIN_COMPOSEFS_RS, programs.composefs_rs.as_ref()),
     ]
@@ -103,6 +103,7 @@ fn copies<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Ca
     let (memfd, ramfs) = (copy_options(image, "memfd"), copy_options(image, "ramfs"));
     let mut cases = vec![
         mounting(bench, MEMFD, &programs.helper, memfd.clone(), &image.path),
+        mounting(bench, MEMFD_DYNAMIC, &programs.dynamic_helper, memfd, &image.path),
         mounting(bench, RAMFS, &programs.helper, ramfs, &image.path),
         Case::new(CAT, || {
             let mut command = Command::new("cat");
@@ -113,9 +114,6 @@ fn copies<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Ca
             whole_process(this.arg(digests::COMMAND).arg(&image.path))
         }),
     ];
-    if let Some(other) = &programs.other_helper {
-        cases.push(mounting(bench, MEMFD_OTHER, other, memfd, &image.path));
-    }
     match &programs.fsverity {
         None => report.skip(format!("{FSVERITY}: not here")),
         Some(fsverity) => {
