@@ -39,11 +39,12 @@ impl Location {
         opened.map_err(|errno| Error::Directory { role, path: self.name(), errno })
     }
 
-    /// How messages call it: the path, or that of the descriptor under /proc.
+    /// How messages call it: the path it was given by; of a descriptor, the one that the kernel knows,
+    /// or that under /proc.
     pub(crate) fn name(&self) -> PathBuf {
         match self {
             Location::Path(path) => path.clone(),
-            Location::Fd(fd) => proc_fd_path(fd),
+            Location::Fd(fd) => self.absolute_path().unwrap_or_else(|| proc_fd_path(fd)),
         }
     }
 

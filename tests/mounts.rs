@@ -489,13 +489,41 @@ fn tryverity_tells_that_nothing_is_enforced() {
 }
 
 #[test]
-fn a_mount_point_behind_a_symbolic_link_is_followed() {
+fn symbolic_links_in_paths_are_followed() {
     let Some(sandbox) = Sandbox::new() else { return };
+    let link = |name: &str, target: &Path| {
+        let link = sandbox.path(name);
+        std::os::unix::fs::symlink(target, &link).unwrap();
+        link
+    };
     let mount_point = sandbox.directory("mnt");
-    let link = sandbox.path("link");
-    std::os::unix::fs::symlink(&mount_point, &link).unwrap();
-    V1.options().mount(V1.image()).unwrap().attach(&link).unwrap();
-    assert!(mount_at(&mount_point).is_some());
+    let (upperdir, workdir) = (sandbox.directory("upper"), sandbox.directory("work"));
+    // The last part of a path, and one before.
+    let objects = link("link to objects", V1.objects().parent().unwrap()).join("objects");
+    let mut options = MountOptions::new(link("link to a link", &objects));
+    options.upper = Some(UpperLayer {
+        upperdir: link("link to upper", &upperdir).into(),
+        workdir: link("link to work", &workdir).into(),
+    });
+    let (image, target) = (link("link to image", &V1.image()), link("link to mnt", &mount_point));
+    for copy in [None, Some(Memory::Memfd), Some(Memory::Ramfs)] {
+        options.copy = copy;
+        options.mount(&image).unwrap().attach(&target).unwrap();
+        assert_is_manifest(&mount_point);
+        umount(&mount_point);
+    }
+
+    let dangling = link("dangling", Path::new("/nowhere"));
+    let circle = sandbox.path("circle");
+    let circle = link("circle", &circle);
+    for (path, errno) in [(dangling, Errno::NOENT), (circle, Errno::LOOP)] {
+        let errnos = [
+            options.mount(&path).unwrap_err().errno(),
+            MountOptions::new(&path).mount(&image).unwrap_err().errno(),
+            V1.options().mount(&image).unwrap().attach(&path).unwrap_err().errno(),
+        ];
+        assert_eq!(errnos, [Some(errno); 3], "{}", path.display());
+    }
 }
 
 #[test]

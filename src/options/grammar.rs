@@ -12,7 +12,7 @@ use super::{
     SuperblockFlags, UpperLayer, Verity,
 };
 use crate::digest::Digest;
-use crate::location::Location;
+use crate::location::{Location, proc_fd_path};
 
 /// Options that mount(8), fstab(5) and systemd pass or may pass, with no effect on the mount itself:
 /// they say who mounts it and when, or are the default, or ask for what the kernel no longer has.
@@ -425,7 +425,11 @@ fn size_limit(token: &Token) -> Result<SizeLimit, OptionsError> {
 }
 
 fn location_bytes(location: &Location) -> Vec<u8> {
-    location.name().into_os_string().into_vec()
+    let path = match location {
+        Location::Path(path) => path.clone(),
+        Location::Fd(fd) => proc_fd_path(fd),
+    };
+    path.into_os_string().into_vec()
 }
 
 /// Options as text, while it is written.

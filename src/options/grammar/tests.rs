@@ -25,6 +25,14 @@ fn basedirs_are_split_and_unescaped() {
 }
 
 #[test]
+fn a_descriptor_is_written_as_its_path_and_called_by_that_of_its_file() {
+    let file = Location::from(std::fs::File::open("/dev/null").unwrap());
+    assert_eq!(file.to_string(), "/dev/null");
+    let text = MountOptions::new(file).to_text().into_string().unwrap();
+    assert!(text.starts_with("basedir=/proc/self/fd/"), "{text}");
+}
+
+#[test]
 fn what_is_wrong_is_refused_by_name() {
     let error = |text: &str| parse(&format!("basedir=/o,{text}")).unwrap_err();
     let unknown = |name: &str| OptionsError::Unknown(name.into());
