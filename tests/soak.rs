@@ -1,0 +1,277 @@
+//! Mounts and unmounts in every mode, some thousand times, and fails where anything has grown. Not
+//! part of `cargo test`:
+//!
+//!     cargo test --test soak -- 20000     (as root)
+//!
+//! docs/security.md has the figures of such a run.
+
+mod common;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{
+    Fixture, Sandbox, V1, V2, assert_is_manifest, assert_is_manifest_mapped, loop_devices,
+    mount_composefs, mounts, umount,
+};
+use sealmount::{Digest, Memory, MountOptions, UpperLayer, Verity};
+
+/// How many cycles there are between two lines of figures.
+const PERIOD: usize = 1000;
+/// Cycles before the first line: caches fill, and the kernel makes its first loop devices.
+const WARM_UP: usize = 500;
+/// Every so many cycles the whole tree is compared. Two files are read in each.
+const WHOLE_TREE: usize = 25;
+
+/// A figure that must not grow.
+struct Figure {
+    name: &'static str,
+    /// By how much it may be larger at the end than after the warm-up. The first five are of the
+    /// whole machine, so others count in them; a leak of 1 KiB a cycle exceeds the bound all the same.
+    bound: u64,
+    read: fn(&Soak) -> u64,
+}
+
+const FIGURES: [Figure; 11] = [
+    Figure { name: "SUnreclaim KiB", bound: 16 << 10, read: |_| meminfo("SUnreclaim:") },
+    Figure { name: "Percpu KiB", bound: 1 << 10, read: |_| meminfo("Percpu:") },
+    Figure { name: "Shmem KiB", bound: 4 << 10, read: |_| meminfo("Shmem:") },
+    Figure { name: "Unevictable KiB", bound: 4 << 10, read: |_| meminfo("Unevictable:") },
+    Figure { name: "loop nodes", bound: 64, read: |_| loop_nodes() },
+    Figure { name: "own loop devices", bound: 0, read: Soak::loop_devices },
+    Figure { name: "mounts", bound: 0, read: |_| mounts().len() as u64 },
+    Figure { name: "files", bound: 0, read: |soak| entries(&soak.sandbox.path("")) },
+    Figure { name: "own descriptors", bound: 0, read: |_| entries(Path::new("/proc/self/fd")) },
+    Figure { name: "own threads", bound: 0, read: |_| entries(Path::new("/proc/self/task")) },
+    Figure { name: "own RSS KiB", bound: 2 << 10, read: |_| own_rss() },
+];
+
+/// A line of /proc/meminfo, in KiB.
+fn meminfo(field: &str) -> u64 {
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
+    number_of(&meminfo, field)
+}
+
+fn own_rss() -> u64 {
+    number_of(&fs::read_to_string("/proc/self/status").unwrap(), "VmRSS:")
+}
+
+fn number_of(text: &str, field: &str) -> u64 {
+    let line = text.lines().find(|line| line.starts_with(field)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn loop_nodes() -> u64 {
+    let devices = fs::read_dir("/sys/block").unwrap().flatten();
+    devices.filter(|device| device.file_name().as_encoded_bytes().starts_with(b"loop")).count()
+        as u64
+}
+
+fn entries(directory: &Path) -> u64 {
+    fs::read_dir(directory).unwrap().count() as u64
+}
+
+/// What a cycle does.
+struct Mode {
+    name: &'static str,
+    image: PathBuf,
+    options: MountOptions,
+    outcome: Outcome,
+}
+
+enum Outcome {
+    /// The owners moved up by so many.
+    Tree(u32),
+    /// The error contains this text.
+    Refused(&'static str),
+}
+
+struct Soak {
+    sandbox: Sandbox,
+    modes: Vec<Mode>,
+    _user_namespace: Child,
+}
+
+impl Soak {
+    fn new(sandbox: Sandbox) -> Soak {
+        let (user_namespace, idmap) = user_namespace();
+        let objects = sandbox.tmpfs("objects on tmpfs");
+        let from = format!("{}/.", V1.objects().display());
+        common::run("cp", ["-r", &from, objects.to_str().unwrap()]);
+        let image = |name: &str, content: &[u8]| sandbox.file(&format!("soak {name}"), content);
+        let v1 = image("v1", &fs::read(V1.image()).unwrap());
+        let v2 = image("v2", &fs::read(V2.image()).unwrap());
+        let cut_short = image("cut short", &fs::read(V1.image()).unwrap()[..20480]);
+        let compressed = [["zstd", "-c"], ["xz", "-c"], ["gzip", "-c"]]
+            .map(|program| image(program[0], &through(&program, &v1)));
+
+        let mut modes = Vec::new();
+        let mut add = |name, image: &Path, options: MountOptions, outcome| {
+            modes.push(Mode { name, image: image.to_owned(), options, outcome });
+        };
+        let copy = |fixture: &Fixture, memory| {
+            let mut options = fixture.copy_options();
+            options.copy = Some(memory);
+            options
+        };
+        let tree = || Outcome::Tree(0);
+        add("plain V1", &v1, V1.options(), tree());
+        add("plain V2", &v2, V2.options(), tree());
+        add("memfd V1", &v1, copy(&V1, Memory::Memfd), tree());
+        add("memfd V2", &v2, copy(&V2, Memory::Memfd), tree());
+        add("ramfs V1", &v1, copy(&V1, Memory::Ramfs), tree());
+        add("ramfs V2", &v2, copy(&V2, Memory::Ramfs), tree());
+        for (image, name) in compressed.iter().zip(["zstd", "xz", "gzip"]) {
+            add(name, image, copy(&V1, Memory::Memfd), tree());
+        }
+        let mut options = V1.options();
+        options.basedirs = vec![objects.clone().into()];
+        options.verity = Some(Verity::Try);
+        add("tryverity", &v1, options.clone(), tree());
+        options.verity = Some(Verity::Require);
+        add("verity refused", &v1, options, Outcome::Refused("fs-verity"));
+        let mut options = copy(&V1, Memory::Memfd);
+        options.idmap = Some(idmap.as_str().into());
+        add("idmap", &v1, options, Outcome::Tree(100_000));
+        let mut options = copy(&V1, Memory::Ramfs);
+        options.upper = Some(UpperLayer {
+            upperdir: sandbox.directory("upper").into(),
+            workdir: sandbox.directory("work").into(),
+        });
+        add("upper", &v1, options, tree());
+        for memory in [Memory::Memfd, Memory::Ramfs] {
+            let mut options = copy(&V1, memory);
+            options.digest = Some("0".repeat(64).parse::<Digest>().unwrap());
+            add("wrong digest", &v1, options, Outcome::Refused(V1.digest));
+        }
+        add("cut short", &cut_short, V1.options(), Outcome::Refused("cut short"));
+
+        sandbox.directory("mnt");
+        Soak { sandbox, modes, _user_namespace: user_namespace }
+    }
+
+    /// Mode after mode, by the library and by the helper in turn.
+    fn cycle(&self, number: usize) {
+        let mode = &self.modes[number % self.modes.len()];
+        let is_helper = number / self.modes.len() % 2 == 1;
+        let mount_point = self.sandbox.path("mnt");
+        let result = match is_helper {
+            false => mode
+                .options
+                .mount(&mode.image)
+                .and_then(|mount| mount.attach(&mount_point))
+                .map_err(|error| error.to_string()),
+            true => by_helper(mode, &mount_point),
+        };
+        match (&mode.outcome, result) {
+            (Outcome::Tree(first_id), Ok(())) => {
+                if number.is_multiple_of(WHOLE_TREE) {
+                    match first_id {
+                        0 => assert_is_manifest(&mount_point),
+                        id => assert_is_manifest_mapped(&mount_point, *id),
+                    }
+                }
+                // One from the image, one from the objects.
+                assert!(!fs::read(mount_point.join("hello.txt")).unwrap().is_empty());
+                assert_eq!(fs::read(mount_point.join("data/70000")).unwrap().len(), 70_000);
+                umount(&mount_point);
+            }
+            (Outcome::Refused(text), Err(error)) => assert!(error.contains(text), "{error}"),
+            (_, result) => panic!("cycle {number}, {}: {result:?}", mode.name),
+        }
+    }
+
+    fn figures(&self) -> [u64; FIGURES.len()] {
+        FIGURES.map(|figure| (figure.read)(self))
+    }
+
+    fn loop_devices(&self) -> u64 {
+        loop_devices(self.sandbox.path("soak").to_str().unwrap()).len() as u64
+    }
+}
+
+fn by_helper(mode: &Mode, mount_point: &Path) -> Result<(), String> {
+    let text = mode.options.to_text();
+    let output =
+        mount_composefs([mode.image.as_os_str(), mount_point.as_os_str(), "-o".as_ref(), &text]);
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(String::from_utf8(output.stderr).unwrap()),
+    }
+}
+
+fn through(program: &[&str], file: &Path) -> Vec<u8> {
+    let output = Command::new(program[0]).args(&program[1..]).arg(file).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    output.stdout
+}
+
+/// A user namespace that maps 0 to 100000 and so on, and the process that holds it until its
+/// standard input is closed.
+fn user_namespace() -> (Child, String) {
+    let mut process = Command::new("unshare")
+        .args(["--user", "sh", "-c", "echo; read line"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    process.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    for map in ["uid_map", "gid_map"] {
+        fs::write(format!("/proc/{}/{map}", process.id()), "0 100000 65536").unwrap();
+    }
+    let namespace = format!("/proc/{}/ns/user", process.id());
+    (process, namespace)
+}
+
+fn report(cycle: usize, figures: [u64; FIGURES.len()]) {
+    let figures = figures.map(|figure| figure.to_string());
+    println!("{cycle}\t{}", figures.join("\t"));
+    std::io::stdout().flush().unwrap();
+}
+
+fn main() -> ExitCode {
+    let cycles = std::env::args().nth(1).map_or(1000, |cycles| cycles.parse().unwrap());
+    let Some(sandbox) = Sandbox::new() else { return ExitCode::SUCCESS };
+    let soak = Soak::new(sandbox);
+    println!("cycle\t{}", FIGURES.map(|figure| figure.name).join("\t"));
+    (0..WARM_UP).for_each(|number| soak.cycle(number));
+    let start = Instant::now();
+    let before = soak.figures();
+    report(0, before);
+    for number in 0..cycles {
+        soak.cycle(number);
+        if (number + 1).is_multiple_of(PERIOD) {
+            report(number + 1, soak.figures());
+        }
+    }
+    let took = start.elapsed();
+
+    // The kernel frees some of it in the background, and others come and go.
+    let has_grown = |after: &[u64]| {
+        let grown = FIGURES.iter().zip(before).zip(after);
+        grown
+            .filter(|((figure, before), after)| **after > before + figure.bound)
+            .map(|((figure, before), after)| format!("{}: {before}, then {after}", figure.name))
+            .collect::<Vec<_>>()
+    };
+    let mut after = soak.figures();
+    for _ in 0..60 {
+        if has_grown(&after).is_empty() {
+            break;
+        }
+        std::thread::sleep(Duration::from_secs(1));
+        after = soak.figures();
+    }
+    report(cycles, after);
+    println!("{cycles} cycles in {} s, in {} modes", took.as_secs(), soak.modes.len());
+    match has_grown(&after).as_slice() {
+        [] => ExitCode::SUCCESS,
+        grown => {
+            println!("grown: {grown:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
