@@ -19,6 +19,9 @@ use crate::options::{Memory, SizeLimit};
 
 /// The kernel waits for about 150 ms in each.
 const SEAL_ATTEMPTS: u32 = 30;
+/// With the pauses, two seconds.
+const READ_ONLY_ATTEMPTS: u32 = 200;
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// A file in memory that is being written.
 pub(crate) enum UnsealedMemory {
@@ -127,9 +130,7 @@ impl UnsealedMemory {
                 let file =
                     openat(&mount, ramfs_name(image), flags, Mode::empty()).map_err(failed)?;
                 drop(writer);
-                let context = FsContext::pick("ramfs", &mount)?;
-                context.set_flag("ro")?;
-                context.reconfigure()?;
+                make_read_only(&mount)?;
                 Ok(SealedMemory { file, kind: Memory::Ramfs })
             }
         }
@@ -144,11 +145,29 @@ impl UnsealedMemory {
 fn add_seals(memfd: &OwnedFd, seals: SealFlags) -> Result<(), Errno> {
     for _ in 0..SEAL_ATTEMPTS {
         match fcntl_add_seals(memfd, seals) {
-            Err(Errno::BUSY) => std::thread::sleep(Duration::from_millis(10)),
+            Err(Errno::BUSY) => std::thread::sleep(PAUSE),
             result => return result,
         }
     }
     Err(Errno::BUSY)
+}
+
+/// Where another thread of the process is starting a program, its child has the writer's descriptor too,
+/// from the fork to the exec: EBUSY. With the writer closed, no further child gets it.
+fn make_read_only(mount: &OwnedFd) -> Result<(), KernelError> {
+    let mut attempts = 0;
+    loop {
+        // A context that failed is of no more use.
+        let context = FsContext::pick("ramfs", mount)?;
+        context.set_flag("ro")?;
+        match context.reconfigure() {
+            Err(error) if error.errno == Errno::BUSY && attempts < READ_ONLY_ATTEMPTS => {
+                attempts += 1;
+                std::thread::sleep(PAUSE);
+            }
+            result => return result,
+        }
+    }
 }
 
 /// The image's own name: losetup(8) shows it where a loop device is needed.
@@ -245,6 +264,32 @@ mod tests {
         let again = rustix::mount::fspick(file, "", rustix::mount::FsPickFlags::FSPICK_EMPTY_PATH);
         assert!(again.is_err());
         has_content(&memory);
+    }
+
+    /// As a child has one between fork and exec.
+    #[test]
+    fn a_ramfs_is_sealed_when_the_last_copy_of_its_writer_is_closed() {
+        if !rustix::process::geteuid().is_root() {
+            let skip = std::env::var_os("SEALMOUNT_SKIP_ROOT_TESTS");
+            assert!(skip.is_some(), "run this test as root, or set SEALMOUNT_SKIP_ROOT_TESTS");
+            return;
+        }
+        let image = Path::new("/some/image.cfs");
+        let create = || UnsealedMemory::create(Memory::Ramfs, image, 1, None).unwrap();
+
+        let memory = create();
+        let writer = memory.file().try_clone().unwrap();
+        let closing = std::thread::spawn(|| {
+            std::thread::sleep(20 * PAUSE);
+            drop(writer);
+        });
+        memory.seal(image).unwrap();
+        closing.join().unwrap();
+
+        let memory = create();
+        let _writer = memory.file().try_clone().unwrap();
+        let error = memory.seal(image).unwrap_err();
+        assert_eq!(error.errno(), Some(Errno::BUSY), "{error}");
     }
 
     #[test]

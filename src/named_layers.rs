@@ -28,6 +28,10 @@ use crate::step::Rung;
 const IMAGE: &str = "image";
 const WHITEOUTS: &str = "whiteouts";
 
+/// Several times what is needed. The default is what the variable RUST_MIN_STACK says, and a caller's
+/// environment is not to decide whether a mount succeeds.
+const STACK_SIZE: usize = 256 * 1024;
+
 /// Runs `work` in a thread with a mount namespace of its own.
 pub(crate) fn in_private_namespace<T: Send>(
     work: impl FnOnce() -> Result<T, KernelError> + Send,
@@ -35,6 +39,7 @@ pub(crate) fn in_private_namespace<T: Send>(
     let failed = |errno| KernelError::new(Operation::PrivateNamespace, errno);
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()
+            .stack_size(STACK_SIZE)
             .spawn_scoped(scope, || {
                 sealmount_sys::unshare_mount_namespace().map_err(failed)?;
                 // Or what is attached would propagate to where the namespace was copied from.

@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use rustix::mount::{UnmountFlags, unmount};
 use sealmount::{
@@ -255,28 +255,11 @@ fn an_image_with_a_long_and_odd_path_is_mounted() {
     }
 }
 
-/// A user namespace that maps 0 to 100000 and so on, and the process that holds it until its
-/// standard input is closed.
-fn user_namespace() -> (Child, String) {
-    let mut process = Command::new("unshare")
-        .args(["--user", "sh", "-c", "echo; read line"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    process.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
-    for map in ["uid_map", "gid_map"] {
-        fs::write(format!("/proc/{}/{map}", process.id()), "0 100000 65536").unwrap();
-    }
-    let namespace = format!("/proc/{}/ns/user", process.id());
-    (process, namespace)
-}
-
 #[test]
 fn an_idmapped_mount_has_other_owners() {
     let Some(sandbox) = Sandbox::new() else { return };
     let mount_point = sandbox.directory("mnt");
-    let (_process, namespace) = user_namespace();
+    let (_process, namespace) = common::user_namespace();
     for mut options in [V1.options(), V2.copy_options()] {
         let fixture = if options.copy.is_none() { V1 } else { V2 };
         options.idmap = Some(namespace.as_str().into());

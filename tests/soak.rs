@@ -8,9 +8,9 @@
 mod common;
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use common::{
@@ -97,7 +97,7 @@ struct Soak {
 
 impl Soak {
     fn new(sandbox: Sandbox) -> Soak {
-        let (user_namespace, idmap) = user_namespace();
+        let (user_namespace, idmap) = common::user_namespace();
         let objects = sandbox.tmpfs("objects on tmpfs");
         let from = format!("{}/.", V1.objects().display());
         common::run("cp", ["-r", &from, objects.to_str().unwrap()]);
@@ -207,23 +207,6 @@ fn through(program: &[&str], file: &Path) -> Vec<u8> {
     let output = Command::new(program[0]).args(&program[1..]).arg(file).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     output.stdout
-}
-
-/// A user namespace that maps 0 to 100000 and so on, and the process that holds it until its
-/// standard input is closed.
-fn user_namespace() -> (Child, String) {
-    let mut process = Command::new("unshare")
-        .args(["--user", "sh", "-c", "echo; read line"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    process.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
-    for map in ["uid_map", "gid_map"] {
-        fs::write(format!("/proc/{}/{map}", process.id()), "0 100000 65536").unwrap();
-    }
-    let namespace = format!("/proc/{}/ns/user", process.id());
-    (process, namespace)
 }
 
 fn report(cycle: usize, figures: [u64; FIGURES.len()]) {

@@ -3,13 +3,14 @@
 #![allow(dead_code, unused_imports)] // Each test binary uses a part of it.
 
 mod manifest;
+pub mod refusals;
 mod visible;
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -17,7 +18,7 @@ use rustix::mount::{UnmountFlags, unmount};
 use sealmount::{Digest, MountOptions, Verity};
 
 pub use manifest::{assert_has_hard_link, assert_is_manifest, assert_is_manifest_mapped};
-pub use visible::{loop_devices, mount_at, mounts};
+pub use visible::{Mount, loop_devices, mount_at, mounts};
 
 /// Setting this variable lets the tests that need root pass without running.
 const SKIP: &str = "SEALMOUNT_SKIP_ROOT_TESTS";
@@ -200,4 +201,21 @@ pub fn large_image(size: usize) -> Vec<u8> {
     // Not periodic, and not random either.
     image.extend((image.len()..size).map(|n| (n / 4096 * 31 + n / 7) as u8));
     image
+}
+
+/// A user namespace that maps 0 to 100000 and so on, and the process that holds it until its
+/// standard input is closed.
+pub fn user_namespace() -> (Child, String) {
+    let mut process = Command::new("unshare")
+        .args(["--user", "sh", "-c", "echo; read line"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    process.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    for map in ["uid_map", "gid_map"] {
+        fs::write(format!("/proc/{}/{map}", process.id()), "0 100000 65536").unwrap();
+    }
+    let namespace = format!("/proc/{}/ns/user", process.id());
+    (process, namespace)
 }
