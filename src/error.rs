@@ -327,24 +327,53 @@ impl KernelError {
             (Operation::OpenFileSystem, Errno::NOSYS) => {
                 Some("this kernel lacks the mount API of Linux 5.2, or a seccomp filter denies it")
             }
+            (_, Errno::NOSYS) => {
+                Some("this kernel lacks the system call for it, or a seccomp filter denies it")
+            }
             (Operation::FindLoopDevice, Errno::NOENT | Errno::NODEV | Errno::NXIO) => {
                 Some("there are no loop devices: load the module loop")
             }
-            (Operation::OpenImage, _) => None,
-            (Operation::IdmapMount, Errno::PERM) => {
-                Some("it must be another user namespace than the initial one; and be root")
-            }
+            (operation, Errno::PERM | Errno::ACCESS) => operation.permission(),
             (Operation::CreateSuperblock, _) if self.log.is_empty() => {
                 Some("dmesg may show more of what the kernel says")
             }
-            (_, Errno::PERM) => Some(ROOT),
-            (Operation::FindLoopDevice | Operation::OpenLoopDevice, Errno::ACCESS) => Some(ROOT),
             _ => None,
         }
     }
 }
 
-const ROOT: &str = "mounting takes root (CAP_SYS_ADMIN)";
+impl Operation {
+    /// The permission that is missing where the kernel answers EPERM or EACCES.
+    fn permission(self) -> Option<&'static str> {
+        match self {
+            Operation::OpenImage => None,
+            Operation::FindLoopDevice
+            | Operation::OpenLoopDevice
+            | Operation::ConfigureLoopDevice => Some(
+                "it takes root, and access to /dev/loop-control and /dev/loop*: containers have \
+                 neither unless they are given them",
+            ),
+            Operation::OpenUserNamespace => {
+                Some("the namespace of another user's process takes root (CAP_SYS_PTRACE)")
+            }
+            Operation::IdmapMount => Some(
+                "it must be another user namespace than the initial one; and it takes root \
+                 (CAP_SYS_ADMIN in the initial user namespace)",
+            ),
+            Operation::EnterNamespace => {
+                Some("entering a mount namespace takes root (CAP_SYS_ADMIN and CAP_SYS_CHROOT)")
+            }
+            Operation::ReadImage | Operation::MeasureVerity | Operation::SampleObjects => Some(
+                "reading takes the permissions of the files; as root, a security module or a \
+                 seccomp filter refuses it",
+            ),
+            _ => Some(
+                "mounting takes root (CAP_SYS_ADMIN in the initial user namespace); as root, a \
+                 seccomp filter, as containers have it, or a security module refuses it",
+            ),
+        }
+    }
+}
 
 impl From<KernelError> for Error {
     fn from(error: KernelError) -> Error {

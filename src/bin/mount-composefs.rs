@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use lexopt::{Arg, Parser};
+use rustix::process::{getegid, geteuid, getgid, getuid};
 use sealmount::{
     Errno, Error, Location, MountOptions, Operation, Sloppy, Step, enter_mount_namespace,
     open_mount_point,
@@ -85,6 +86,14 @@ impl From<Error> for Failure {
     }
 }
 
+/// Whether the caller may have less privileges than this process. AT_SECURE alone says too much: SELinux
+/// sets it for root too, where a program enters another domain.
+fn has_privileges_of_its_file() -> bool {
+    getuid() != geteuid()
+        || getgid() != getegid()
+        || !getuid().is_root() && sealmount_sys::is_secure_execution()
+}
+
 fn is_loop_device(operation: Operation) -> bool {
     matches!(
         operation,
@@ -116,6 +125,14 @@ fn tell(text: fmt::Arguments) {
 }
 
 fn run() -> Result<(), Failure> {
+    if has_privileges_of_its_file() {
+        return Err(Failure {
+            status: Status::Usage,
+            message: "installed set-user-ID, set-group-ID or with file capabilities: refused"
+                .into(),
+            hint: Some("it trusts its caller with every path and option, so only root may be one"),
+        });
+    }
     let arguments = match Command::parse(Parser::from_env()) {
         Ok(Command::Mount(arguments)) => arguments,
         Ok(Command::Print(text)) => {

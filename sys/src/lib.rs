@@ -1,5 +1,5 @@
 //! Kernel interfaces that [sealmount] needs and [rustix] lacks: loop devices, fs-verity,
-//! `mount_setattr`, namespaces of a single thread; and swap areas, for its tests.
+//! `mount_setattr`, namespaces of a single thread, `AT_SECURE`; and swap areas, for its tests.
 //!
 //! And SHA-256 and SHA-512 of several blocks at a time.
 //!
@@ -9,6 +9,7 @@
 //! [sealmount]: https://docs.rs/sealmount
 //! [rustix]: https://docs.rs/rustix
 
+mod auxv;
 pub mod fsverity;
 pub mod loop_device;
 mod mount_setattr;
@@ -17,6 +18,7 @@ pub mod sha256;
 pub mod sha512;
 mod swap;
 
+pub use auxv::is_secure_execution;
 pub use mount_setattr::{mount_setattr_idmap, mount_setattr_private};
 pub use namespace::{
     enter_mount_namespace, is_user_namespace, unshare_mount_namespace, unshare_user_namespace,
