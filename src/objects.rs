@@ -84,3 +84,36 @@ fn sample(directory: &OwnedFd) -> Result<Vec<(OwnedFd, PathBuf)>, Errno> {
     }
     Ok(objects)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use rustix::fs::{CWD, mknodat};
+
+    use super::*;
+
+    #[test]
+    fn what_is_no_object_is_neither_followed_nor_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        for name in ["aa", "bb", "cc", "dd", "ee", "not hexadecimal"] {
+            fs::create_dir(path(name)).unwrap();
+        }
+        let fifo = |name| mknodat(CWD, path(name), FileType::Fifo, Mode::RWXU, 0).unwrap();
+        fifo("aa/fifo");
+        fifo("ab");
+        symlink("/dev/zero", path("bb/link")).unwrap();
+        symlink("/usr", path("bc")).unwrap();
+        symlink("ee", path("ff")).unwrap();
+        fs::create_dir(path("cc/directory")).unwrap();
+        fs::write(path("not hexadecimal/file"), "x").unwrap();
+        fs::write(path("ee/object"), "x").unwrap();
+        fs::write(path("01"), "x").unwrap();
+
+        let opened = openat(CWD, directory.path(), OFlags::RDONLY, Mode::empty()).unwrap();
+        let sampled: Vec<_> = sample(&opened).unwrap().into_iter().map(|(_, path)| path).collect();
+        assert_eq!(sampled, [PathBuf::from("ee/object")]);
+    }
+}

@@ -6,9 +6,10 @@ mod common;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::thread;
 
 use rustix::fs::{XattrFlags, removexattr, setxattr};
@@ -123,6 +124,31 @@ fn another_namespace_takes_two_capabilities() {
     let output = behind("setpriv --bounding-set=-all,+sys_admin,+sys_chroot", &arguments);
     assert!(output.status.success(), "{output:?}");
     umount(&place.mount_point);
+}
+
+#[test]
+fn the_user_namespace_of_anothers_process_takes_a_capability() {
+    let Some(place) = Place::new() else { return };
+    let before = mounts();
+    let mut process = Command::new("setpriv")
+        .args(NOBODY)
+        .args(["sh", "-c", "echo; read line"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    process.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    let mut options = options(None);
+    options.idmap = Some(format!("/proc/{}/ns/user", process.id()).into());
+    let arguments = place.arguments(&options);
+    let output = behind("setpriv --bounding-set=-all,+sys_admin", &arguments);
+    assert_refused(&output, 32, &["cannot open the user namespace", "CAP_SYS_PTRACE"]);
+    // It is the initial one.
+    let output = behind("setpriv --bounding-set=-all,+sys_admin,+sys_ptrace", &arguments);
+    assert_refused(&output, 1, &["cannot idmap the mount", "another user namespace"]);
+    place.assert_nothing_is_left(&before);
+    drop(process.stdin.take());
+    process.wait().unwrap();
 }
 
 #[test]

@@ -1,12 +1,12 @@
-//! What is not there: /proc, loop devices, modules, the right to write. Each ends in an error that
-//! says what is missing, or is worked around.
+//! What is not there: /proc, loop devices, modules, the right to write, or to change the kernel. Each
+//! ends in an error that says what is missing, or is worked around.
 
 use super::Guest;
 use super::fixtures::{self, V1};
 use super::manifest::assert_is_manifest;
 use super::system::{HELPER, SOLITARY, helper, no_loop_devices, refused, succeeded, unload};
 use super::visible::mounts;
-use crate::scenario::Scenario;
+use crate::scenario::{Machine, Scenario};
 use crate::{Context, Error};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::io::Errno;
@@ -24,7 +24,11 @@ pub const SCENARIOS: &[Scenario] = &[
     scenario("missing_erofs_module", missing_erofs_module),
     scenario("missing_overlay_module", missing_overlay_module),
     scenario("missing_write_access", missing_write_access),
+    Scenario { machine: &LOCKED_DOWN, ..scenario("missing_lockdown", missing_lockdown) },
 ];
+
+/// There is no way back from it.
+static LOCKED_DOWN: Machine = Machine { name: "locked-down", ..SOLITARY };
 
 const fn scenario(name: &'static str, run: fn(&mut Guest) -> Result<(), Error>) -> Scenario {
     Scenario { name, machine: &SOLITARY, time_limit: Scenario::TIME_LIMIT, run }
@@ -219,6 +223,22 @@ fn missing_write_access(guest: &mut Guest) -> Result<(), Error> {
     for directory in [&disk, Path::new("/")] {
         mounts_whole(directory, "")?;
         mounts_whole(directory, ",copy")?;
+    }
+    no_loop_devices()
+}
+
+/// What root may still do where the kernel protects itself from root.
+fn missing_lockdown(guest: &mut Guest) -> Result<(), Error> {
+    let disk = fixtures::mount_objects(guest, "images")?;
+    let lockdown = Path::new("/sys/kernel/security/lockdown");
+    if !lockdown.exists() {
+        mount("securityfs", "/sys/kernel/security", "securityfs", MountFlags::empty(), None)?;
+    }
+    fs::write(lockdown, "confidentiality").context(|| format!("cannot write {lockdown:?}"))?;
+    let level = fs::read_to_string(lockdown)?;
+    assert!(level.contains("[confidentiality]"), "{level}");
+    for copy in ["", ",copy", ",copy=ramfs"] {
+        mounts_whole(&disk, copy)?;
     }
     no_loop_devices()
 }
