@@ -5,6 +5,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,20 +18,20 @@ use rustix::io::Errno;
 use sealmount::{Algorithm, Memory, MountOptions, Rung, Step, compute_digest};
 
 /// Whatever a library could disturb in a process, as text.
-fn state() -> BTreeMap<String, String> {
+fn state() -> io::Result<BTreeMap<String, String>> {
     let mut state = BTreeMap::new();
     let mut add = |name: String, value: String| assert!(state.insert(name, value).is_none());
-    let link = |path: PathBuf| fs::read_link(path).unwrap().display().to_string();
+    let link = |path: PathBuf| fs::read_link(path).map(|target| target.display().to_string());
     for entry in fs::read_dir("/proc/self/fd").unwrap() {
         let path = entry.unwrap().path();
-        add(path.display().to_string(), link(path));
+        add(path.display().to_string(), link(path)?);
     }
     for thread in fs::read_dir("/proc/self/task").unwrap() {
         let thread = thread.unwrap().path();
         for name in ["cwd", "root", "ns/mnt", "ns/user", "ns/pid", "ns/net"] {
-            add(format!("{} {name}", thread.display()), link(thread.join(name)));
+            add(format!("{} {name}", thread.display()), link(thread.join(name))?);
         }
-        let status = fs::read_to_string(thread.join("status")).unwrap();
+        let status = fs::read_to_string(thread.join("status"))?;
         for field in ["Umask", "SigBlk", "SigIgn", "SigCgt", "CapEff", "Uid", "Gid", "Groups"] {
             let line = status.lines().find(|line| line.starts_with(field)).unwrap();
             add(format!("{} {field}", thread.display()), line.into());
@@ -41,18 +42,28 @@ fn state() -> BTreeMap<String, String> {
     add("limits".into(), fs::read_to_string("/proc/self/limits").unwrap());
     add("environment".into(), format!("{:?}", std::env::vars_os().collect::<Vec<_>>()));
     add("mounts".into(), format!("{:?}", mounts()));
-    state
+    Ok(state)
 }
 
-/// The kernel takes a thread out of /proc a moment after it was joined.
-fn assert_state(expected: &BTreeMap<String, String>) {
-    for _ in 0..100 {
-        if state() == *expected {
-            return;
+/// The kernel takes a thread out of /proc a moment after it was joined: the state once that is over.
+fn settled_state() -> BTreeMap<String, String> {
+    let mut before = None;
+    loop {
+        match state() {
+            Ok(after) if before.as_ref() == Some(&after) => return after,
+            after => before = after.ok(),
         }
-        thread::sleep(Duration::from_millis(10));
+        thread::sleep(Duration::from_millis(100));
     }
-    assert_eq!(state(), *expected);
+}
+
+fn assert_state(expected: &BTreeMap<String, String>) {
+    let found = settled_state();
+    let without = |one: &BTreeMap<String, String>, other: &BTreeMap<String, String>| {
+        let is_other = |(name, value): &(&String, &String)| other.get(*name) != Some(value);
+        one.iter().filter(is_other).map(|entry| format!("{entry:?}")).collect::<Vec<_>>()
+    };
+    assert_eq!(without(&found, expected), without(expected, &found));
 }
 
 /// The descriptors that a program gets.
@@ -109,7 +120,7 @@ fn a_mount_leaves_the_process_as_it_was_and_its_children_get_nothing() {
     let compressed = Command::new("zstd").arg("-q").arg(&large).arg("-o").arg(&zstd).status();
     assert!(compressed.unwrap().success());
 
-    let before = state();
+    let before = settled_state();
     let newest = Rung::LayersByDescriptor;
     mount(&plain, &V1.image(), &mount_point, newest);
     mount(&memfd, &large, &mount_point, newest);
@@ -126,7 +137,7 @@ fn a_mount_leaves_the_process_as_it_was_and_its_children_get_nothing() {
         scope.spawn(|| {
             const FSCONFIG_SET_FD: u32 = 5;
             refuse_argument(libc::SYS_fsconfig, 1, FSCONFIG_SET_FD, Errno::BADF);
-            let before = state();
+            let before = settled_state();
             mount(&v2, &V2.image(), &mount_point, Rung::LayersByPath);
             v2.mount(V2.image()).unwrap().attach(&mount_point).unwrap();
             assert_is_manifest(&mount_point);

@@ -23,7 +23,7 @@ use sealmount_sys::loop_device;
 
 use common::{
     Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, large_image, loop_devices,
-    mount_at, mount_composefs, mounts, run, umount,
+    mount_at, mount_composefs, mounts, run, through, umount,
 };
 
 /// Runs `work`, and `other` over and over until it is done.
@@ -48,13 +48,9 @@ fn meanwhile<T>(other: impl Fn() + Sync, work: impl FnOnce() -> T) -> T {
     })
 }
 
-/// A copy of the V1 image with this compression.
+/// A file with what is in another, compressed by a program of this name.
 fn compressed(sandbox: &Sandbox, program: &str, image: &Path) -> PathBuf {
-    let path = sandbox.path(program);
-    let output = Command::new(program).arg("-c").arg(image).output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    fs::write(&path, output.stdout).unwrap();
-    path
+    sandbox.file(program, &through(&[program, "-c"], &fs::read(image).unwrap()))
 }
 
 fn copy_into(memory: Memory) -> MountOptions {

@@ -10,12 +10,12 @@ mod common;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode};
+use std::process::{Child, ExitCode};
 use std::time::{Duration, Instant};
 
 use common::{
     Fixture, Sandbox, V1, V2, assert_is_manifest, assert_is_manifest_mapped, loop_devices,
-    mount_composefs, mounts, umount,
+    mount_composefs, mounts, through, umount,
 };
 use sealmount::{Digest, Memory, MountOptions, UpperLayer, Verity};
 
@@ -102,11 +102,12 @@ impl Soak {
         let from = format!("{}/.", V1.objects().display());
         common::run("cp", ["-r", &from, objects.to_str().unwrap()]);
         let image = |name: &str, content: &[u8]| sandbox.file(&format!("soak {name}"), content);
-        let v1 = image("v1", &fs::read(V1.image()).unwrap());
+        let content = fs::read(V1.image()).unwrap();
+        let v1 = image("v1", &content);
         let v2 = image("v2", &fs::read(V2.image()).unwrap());
-        let cut_short = image("cut short", &fs::read(V1.image()).unwrap()[..20480]);
+        let cut_short = image("cut short", &content[..20480]);
         let compressed = [["zstd", "-c"], ["xz", "-c"], ["gzip", "-c"]]
-            .map(|program| image(program[0], &through(&program, &v1)));
+            .map(|program| image(program[0], &through(&program, &content)));
 
         let mut modes = Vec::new();
         let mut add = |name, image: &Path, options: MountOptions, outcome| {
@@ -201,12 +202,6 @@ fn by_helper(mode: &Mode, mount_point: &Path) -> Result<(), String> {
         true => Ok(()),
         false => Err(String::from_utf8(output.stderr).unwrap()),
     }
-}
-
-fn through(program: &[&str], file: &Path) -> Vec<u8> {
-    let output = Command::new(program[0]).args(&program[1..]).arg(file).output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    output.stdout
 }
 
 fn report(cycle: usize, figures: [u64; FIGURES.len()]) {
