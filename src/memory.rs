@@ -23,6 +23,9 @@ const SEAL_ATTEMPTS: u32 = 30;
 const READ_ONLY_ATTEMPTS: u32 = 200;
 const PAUSE: Duration = Duration::from_millis(10);
 
+/// The longest name of a file, in bytes.
+const NAME_MAX: usize = 255;
+
 /// A file in memory that is being written.
 pub(crate) enum UnsealedMemory {
     Memfd(OwnedFd),
@@ -172,7 +175,9 @@ fn make_read_only(mount: &OwnedFd) -> Result<(), KernelError> {
 
 /// The image's own name: losetup(8) shows it where a loop device is needed.
 fn ramfs_name(image: &Path) -> &OsStr {
-    image.file_name().unwrap_or("image".as_ref())
+    let name = image.file_name().unwrap_or("image".as_ref()).as_bytes();
+    // Of a descriptor, the kernel's path may go on with " (deleted)".
+    OsStr::from_bytes(&name[..name.len().min(NAME_MAX)])
 }
 
 /// The memory that a copy may take: what was asked for, or half of what there is, as tmpfs has it;

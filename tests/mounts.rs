@@ -166,6 +166,23 @@ fn everything_can_be_given_by_descriptor() {
 }
 
 #[test]
+fn a_deleted_image_with_a_long_name_can_be_given_by_descriptor() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mount_point = sandbox.directory("mnt");
+    let path = sandbox.path(&"x".repeat(255));
+    for memory in [Memory::Memfd, Memory::Ramfs] {
+        fs::copy(V1.image(), &path).unwrap();
+        let image = File::open(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let mut options = V1.copy_options();
+        options.copy = Some(memory);
+        options.mount(image).unwrap().attach(&mount_point).unwrap();
+        assert_is_manifest(&mount_point);
+        umount(&mount_point);
+    }
+}
+
+#[test]
 fn an_upper_layer_takes_changes_and_keeps_them() {
     let Some(sandbox) = Sandbox::new() else { return };
     let mount_point = sandbox.directory("mnt");
