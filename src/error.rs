@@ -263,6 +263,8 @@ pub enum Operation {
     MeasureVerity,
     #[error("look for objects")]
     SampleObjects,
+    #[error("find out how much memory there is")]
+    AskForMemory,
     #[error("make a memory file for the copy")]
     CreateMemory,
     #[error("write to the copy")]

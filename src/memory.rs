@@ -72,7 +72,8 @@ impl UnsealedMemory {
         size: u64,
         limit: Option<SizeLimit>,
     ) -> Result<UnsealedMemory, Error> {
-        let limit = limit_in_bytes(limit);
+        let limit = limit_in_bytes(limit)
+            .map_err(|errno| KernelError::new(Operation::AskForMemory, errno))?;
         if size > limit {
             return Err(Error::NotEnoughMemory { image: image.to_owned(), size, limit });
         }
@@ -185,26 +186,30 @@ fn ramfs_name(image: &Path) -> &OsStr {
 ///
 /// A memfd has no limit of its own: asked for more than there is, the kernel does not answer ENOSPC
 /// but kills processes to make room.
-fn limit_in_bytes(limit: Option<SizeLimit>) -> u64 {
-    let system = rustix::system::sysinfo();
-    #[allow(clippy::unnecessary_cast)] // c_ulong has 32 bits on 32-bit machines.
-    let bytes = |units: std::ffi::c_ulong| units as u64 * u64::from(system.mem_unit);
+fn limit_in_bytes(limit: Option<SizeLimit>) -> Result<u64, Errno> {
+    // Without /proc, what lies in the page cache counts as taken.
+    let (total, available) = match meminfo() {
+        Some(figures) => figures,
+        None => sealmount_sys::memory().map(|memory| (memory.total, memory.free))?,
+    };
     let limit = match limit.unwrap_or(SizeLimit::Percent(50)) {
         SizeLimit::Bytes(bytes) => bytes,
-        SizeLimit::Percent(percent) => bytes(system.totalram) / 100 * u64::from(percent),
+        SizeLimit::Percent(percent) => total / 100 * u64::from(percent),
     };
-    // Without /proc, what lies in the page cache counts as taken.
-    limit.min(mem_available().unwrap_or(bytes(system.freeram)))
+    Ok(limit.min(available))
 }
 
-/// MemAvailable of [proc_meminfo(5)], in bytes.
+/// MemTotal and MemAvailable of [proc_meminfo(5)], in bytes.
 ///
 /// [proc_meminfo(5)]: https://man7.org/linux/man-pages/man5/proc_meminfo.5.html
-fn mem_available() -> Option<u64> {
+fn meminfo() -> Option<(u64, u64)> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let value = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kibibytes: u64 = value.trim().strip_suffix(" kB")?.parse().ok()?;
-    Some(kibibytes * 1024)
+    let bytes = |field: &str| -> Option<u64> {
+        let value = meminfo.lines().find_map(|line| line.strip_prefix(field))?;
+        let kibibytes: u64 = value.trim().strip_suffix(" kB")?.parse().ok()?;
+        Some(kibibytes * 1024)
+    };
+    Some((bytes("MemTotal:")?, bytes("MemAvailable:")?))
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 //! Kernel interfaces that [sealmount] needs and [rustix] lacks: loop devices, fs-verity,
-//! `mount_setattr`, namespaces of a single thread, `AT_SECURE`; and swap areas, for its tests.
+//! `mount_setattr`, namespaces of a single thread, `AT_SECURE`, `sysinfo`; and swap areas, for its tests.
 //!
 //! And SHA-256 and SHA-512 of several blocks at a time.
 //!
@@ -17,6 +17,7 @@ mod namespace;
 pub mod sha256;
 pub mod sha512;
 mod swap;
+mod sysinfo;
 
 pub use auxv::is_secure_execution;
 pub use mount_setattr::{mount_setattr_idmap, mount_setattr_private};
@@ -24,3 +25,4 @@ pub use namespace::{
     enter_mount_namespace, is_user_namespace, unshare_mount_namespace, unshare_user_namespace,
 };
 pub use swap::{swap_off, swap_on};
+pub use sysinfo::{Memory, memory};
