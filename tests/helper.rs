@@ -109,6 +109,23 @@ fn without_permission_it_says_so() {
 }
 
 #[test]
+fn what_cannot_be_said_stops_no_mount() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
+    let full = || fs::File::options().write(true).open("/dev/full").unwrap();
+    let helper = |arguments: &[&str]| {
+        let mut helper = Command::new(env!("CARGO_BIN_EXE_mount-composefs"));
+        helper.args(arguments).stdout(full()).stderr(full()).status().unwrap().code()
+    };
+    let (image, mount_point) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+    assert_eq!(helper(&[image, mount_point, "-v", "-o", &basedir()]), Some(0));
+    assert_is_manifest(&mnt);
+    umount(&mnt);
+    assert_eq!(helper(&["/missing", mount_point, "-o", &basedir()]), Some(32));
+    assert_eq!(helper(&["--help"]), Some(2));
+}
+
+#[test]
 fn operands_and_options_come_in_any_order() {
     let Some(sandbox) = Sandbox::new() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::{OsStr, OsString};
-use std::fmt;
+use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -103,25 +103,29 @@ fn is_loop_device(operation: Operation) -> bool {
 
 fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|panic| {
-        tell(format_args!("mount.composefs: internal bug, please report it: {panic}\n"));
+        say(&format_args!("internal bug, please report it: {panic}"));
         std::process::exit(Status::InternalBug as i32);
     }));
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            tell(format_args!("mount.composefs: {}\n", failure.message));
+            say(&failure.message);
             if let Some(hint) = failure.hint {
-                tell(format_args!("  hint: {hint}\n"));
+                print_error(&format!("  hint: {hint}\n"));
             }
             ExitCode::from(failure.status as u8)
         }
     }
 }
 
-/// Writes to standard error. That nobody listens any more is no reason to stop half way, as eprintln!
-/// would.
-fn tell(text: fmt::Arguments) {
-    let _ = io::stderr().write_all(text.to_string().as_bytes());
+/// That something cannot be said, because nobody reads it or the disk below it is full, is no reason to
+/// fail, let alone to panic as eprintln! does.
+fn print_error(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
+fn say(text: &dyn Display) {
+    print_error(&format!("mount.composefs: {text}\n"));
 }
 
 fn run() -> Result<(), Failure> {
@@ -136,14 +140,17 @@ fn run() -> Result<(), Failure> {
     let arguments = match Command::parse(Parser::from_env()) {
         Ok(Command::Mount(arguments)) => arguments,
         Ok(Command::Print(text)) => {
-            let _ = writeln!(io::stdout(), "{text}");
-            return Ok(());
+            return writeln!(io::stdout(), "{text}").map_err(|error| Failure {
+                status: Status::System,
+                message: format!("cannot write to standard output: {error}"),
+                hint: None,
+            });
         }
         Err(error) => return Err(Failure::usage(error.to_string())),
     };
-    let say = |text: &dyn fmt::Display| {
+    let say = |text: &dyn Display| {
         if arguments.verbose {
-            tell(format_args!("mount.composefs: {text}\n"));
+            say(text);
         }
     };
     let mut bar = Bar { wanted: arguments.verbose && io::stderr().is_terminal(), drawn: false };
@@ -200,7 +207,7 @@ impl Bar {
             let filled = (done * Bar::WIDTH / total.max(1)) as usize;
             let (bar, percent) = ("#".repeat(filled), done * 100 / total.max(1));
             let width = Bar::WIDTH as usize;
-            tell(format_args!("\rcopying [{bar:<width$}] {percent:3}%"));
+            print_error(&format!("\rcopying [{bar:<width$}] {percent:3}%"));
             self.drawn = true;
         }
     }
@@ -208,7 +215,7 @@ impl Bar {
     fn clear(&mut self) {
         if self.drawn {
             // To the start of the line, and erase what is there.
-            tell(format_args!("\r\x1b[K"));
+            print_error("\r\x1b[K");
             self.drawn = false;
         }
     }
