@@ -126,7 +126,7 @@ impl Overlay<'_> {
             Ok(mount) => return Ok((mount, ObjectVerity::Enforced)),
             Err(error) => error,
         };
-        if error.errno != Errno::INVAL {
+        if !may_be_for_verity(&error) {
             return Err(error.into());
         }
         match (self.create(false, set_layers), verity) {
@@ -207,6 +207,17 @@ fn is_missing(rung: Rung, error: &KernelError) -> bool {
             .is_some_and(|option| option.as_os_str().as_bytes().starts_with(b"lowerdir+")),
         _ => false,
     }
+}
+
+/// Whether an error may say that overlayfs does not know `verity=require`.
+fn may_be_for_verity(error: &KernelError) -> bool {
+    let is_verity =
+        || error.object.as_ref().is_some_and(|option| option.as_os_str() == "verity=require");
+    error.errno == Errno::INVAL
+        && match error.operation {
+            Operation::SetOption => is_verity(),
+            operation => operation == Operation::CreateSuperblock,
+        }
 }
 
 fn mount_attributes(options: &MountOptions) -> MountAttrFlags {
