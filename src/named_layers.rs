@@ -69,7 +69,8 @@ impl Names {
             | OpenTreeFlags::AT_EMPTY_PATH;
         let clone = match open_tree(layer.fd(), "", flags) {
             Ok(clone) => Some(clone),
-            Err(_) if path.is_some() => None,
+            // It was opened in a mount namespace that is not this one, or must not be cloned.
+            Err(Errno::INVAL) if path.is_some() => None,
             Err(errno) => {
                 let error = KernelError::new(Operation::AttachLayer, errno);
                 return Err(error.on(layer.location().name()));
