@@ -4,7 +4,7 @@
 
 mod manifest;
 pub mod refusals;
-mod visible;
+pub mod visible;
 
 use std::ffi::OsStr;
 use std::fs;

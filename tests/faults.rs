@@ -1,0 +1,323 @@
+//! Every system call of the helper made to fail, in every way; and the helper killed before each.
+//! docs/faults.md says what is injected, and what may come of it.
+
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+compile_error!(
+    "tests/faults.rs knows the registers of x86_64 alone: leave it out with --lib --bins"
+);
+
+#[path = "faults/calls.rs"]
+mod calls;
+mod common;
+#[path = "faults/outcome.rs"]
+mod outcome;
+#[path = "faults/scenarios.rs"]
+mod scenarios;
+#[path = "faults/tracer.rs"]
+mod tracer;
+
+use std::collections::{BTreeSet, HashSet};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::signal::Signal;
+
+use calls::SystemCall;
+use common::{mount_at, umount};
+use outcome::{Row, Witness};
+use scenarios::{Place, SCENARIOS, Scenario};
+use tracer::{Action, Call, Decision, End};
+
+/// A run without a fault takes some milliseconds; one that tries a thousand loop devices, seconds.
+const TIME_LIMIT: Duration = Duration::from_secs(60);
+
+/// A call that was made to fail so often in one run is taken to be retried for ever.
+const FOR_EVER: usize = 5000;
+
+/// A system call of a run without a fault.
+struct Recorded {
+    call: &'static SystemCall,
+    nth: usize,
+    length: u64,
+    /// The key of fsconfig(2), and whether it is the command that makes a superblock.
+    key: Option<String>,
+    is_create: bool,
+    /// In a row of calls that differ in nothing that matters.
+    is_one_of_many: bool,
+    /// Before the helper's own code: the dynamic loader, the C library, Rust's runtime.
+    is_start: bool,
+    /// Finds out how much memory and how many processors there are.
+    is_about_machine: bool,
+    /// `fcntl(F_GETFD)`, by which std checks descriptors in debug builds, and in these alone.
+    is_debug_check: bool,
+}
+
+/// What goes wrong in a run. A call is told by its number and how many of that number came before:
+/// where there are threads, that is steadier than its place among all.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    None,
+    Errno {
+        number: i64,
+        nth: usize,
+        errno: Errno,
+    },
+    /// That call and all later ones of its kind.
+    ForEver {
+        number: i64,
+        nth: usize,
+        errno: Errno,
+    },
+    /// As many bytes are read or written, and no more.
+    Short {
+        number: i64,
+        nth: usize,
+        length: u64,
+    },
+    /// Before the call of this place among all.
+    Signal {
+        ordinal: usize,
+        signal: Signal,
+    },
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // They wait for the kernel about half of the time.
+    arguments.test_threads.get_or_insert(4);
+    let all = match std::env::var("SEALMOUNT_FAULTS") {
+        Err(_) => false,
+        Ok(value) if value == "all" => true,
+        Ok(value) => panic!("SEALMOUNT_FAULTS={value}: only \"all\" has a meaning"),
+    };
+    let rows = Arc::new(Mutex::new(Vec::new()));
+    let trial = |number: usize| {
+        let rows = rows.clone();
+        let name = SCENARIOS[number].name.replace([',', ' '], "_").replace("__", "_");
+        Trial::test(name, move || {
+            // A thread, and its mount namespace, of its own; its children are what it waits for.
+            let run = move || run(&SCENARIOS[number], all);
+            let Some((row, problems)) = std::thread::spawn(run).join().unwrap() else {
+                return Ok(());
+            };
+            rows.lock().unwrap().push((number, row));
+            match problems.is_empty() {
+                true => Ok(()),
+                false => Err(Failed::from(problems.join("\n"))),
+            }
+        })
+    };
+    let memory = outcome::shared_memory();
+    let trials = (0..SCENARIOS.len()).map(trial).collect();
+    let started = Instant::now();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let mut rows = std::mem::take(&mut *rows.lock().unwrap());
+    rows.sort_unstable_by_key(|(number, _)| *number);
+    outcome::print(rows.into_iter().map(|(_, row)| row));
+    println!(
+        "{} s; shared memory of the system: {memory} KiB before, {} KiB after",
+        started.elapsed().as_secs(),
+        outcome::shared_memory(),
+    );
+    conclusion.exit_code()
+}
+
+/// Runs a scenario with every fault. `None`: skipped, which [`common::Sandbox`] decides.
+fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
+    let place = Place::new(scenario)?;
+    let arguments = (scenario.arguments)(&place);
+    let mut witness = Witness::new(scenario, &place);
+    // What overlayfs does to an upper layer that is new shows in the options.
+    trace(&place, &arguments, &mut |call| scenario.answer(call).into());
+    if mount_at(&place.mount_point()).is_some() {
+        umount(&place.mount_point());
+    }
+    let mut record: Vec<Recorded> = Vec::new();
+    let (end, stderr) = trace(&place, &arguments, &mut |call| {
+        record.push(Recorded::new(call, &arguments, record.last()));
+        scenario.answer(call).into()
+    });
+    witness.see_whole();
+    let mut row = Row { scenario: scenario.name, calls: record.len(), ..Row::default() };
+    let last = record.last().expect("a program makes system calls");
+    if let Err(problem) = witness.judge(Fault::None, last, end, &stderr) {
+        return Some((row, vec![format!("without a fault: {problem}: {end:?} {stderr:?}")]));
+    }
+    mark_many(&mut record);
+    let mut problems = Vec::new();
+    for (recorded, fault) in faults(&record, scenario, all) {
+        let mut injected = 0;
+        let (end, stderr) = trace(&place, &arguments, &mut |call| {
+            if let Some(problem) = names_a_file(call) {
+                problems.push(format!("{}: {fault:?}: {problem}", scenario.name));
+            }
+            match fault.action(call, &mut injected) {
+                Action::Proceed => scenario.answer(call).into(),
+                // Half of the time goes into looking at what follows.
+                action => Decision {
+                    action,
+                    is_last: !all && scenario.kernel.is_none() && fault.is_single(),
+                },
+            }
+        });
+        row.injections += injected.min(1);
+        match witness.judge(fault, recorded, end, &stderr) {
+            Ok(_) if injected == 0 => row.not_reached += 1,
+            Ok(outcome) => *row.outcomes.entry(outcome).or_default() += 1,
+            Err(problem) => problems.push(format!(
+                "{}: {} #{}, {fault:?}: {problem}: {end:?} {stderr:?}",
+                scenario.name, recorded.call.name, recorded.nth
+            )),
+        }
+    }
+    Some((row, problems))
+}
+
+fn trace(
+    place: &Place,
+    arguments: &[String],
+    decide: &mut dyn FnMut(&Call) -> Decision,
+) -> (End, String) {
+    let helper = Path::new(env!("CARGO_BIN_EXE_mount-composefs"));
+    tracer::run(helper, arguments, &place.sandbox.path(""), TIME_LIMIT, decide)
+}
+
+impl Recorded {
+    fn new(call: &Call, arguments: &[String], previous: Option<&Recorded>) -> Recorded {
+        let file = match call.number {
+            libc::SYS_openat | libc::SYS_statx => call.text(1).filter(|path| !path.is_empty()),
+            _ => None,
+        };
+        let file = file.map(PathBuf::from).or_else(|| call.file(0)).unwrap_or_default();
+        let is_argument = || call.text(1).is_some_and(|path| arguments.contains(&path));
+        let was_start = previous.is_none_or(|previous| previous.is_start);
+        Recorded {
+            call: SystemCall::of(call.number),
+            nth: call.nth,
+            length: call.arguments[2],
+            key: (call.number == libc::SYS_fsconfig).then(|| call.text(2)).flatten(),
+            is_create: call.number == libc::SYS_fsconfig
+                && call.arguments[1] == scenarios::FSCONFIG_CMD_CREATE,
+            is_one_of_many: false,
+            // The first thing that the helper does is to open what its arguments name.
+            is_start: was_start && !(call.number == libc::SYS_openat && is_argument()),
+            is_about_machine: file.starts_with("/sys/fs/cgroup")
+                || file.starts_with("/proc") && file.ends_with("cgroup")
+                || file == Path::new("/proc/meminfo"),
+            is_debug_check: call.number == libc::SYS_fcntl
+                && call.arguments[1] == libc::F_GETFD as u64,
+        }
+    }
+
+    /// No program outlives that it cannot be loaded, that it gets no memory, or that its C library
+    /// gives up.
+    fn may_die(&self) -> bool {
+        self.is_start || self.call.is_of_memory() || self.call.is_of_threads()
+    }
+}
+
+/// A whiteout for each of 256 names, and a file of /proc in pieces: of such a row of calls, all but the
+/// first two and the last are one of many.
+fn mark_many(record: &mut [Recorded]) {
+    for row in record.chunk_by_mut(|one, other| one.call.number == other.call.number) {
+        if matches!(row[0].call.number, libc::SYS_mknodat | libc::SYS_read) {
+            let last = row.len() - 1;
+            row.iter_mut().take(last).skip(2).for_each(|recorded| recorded.is_one_of_many = true);
+        }
+    }
+}
+
+/// The faults to try, each with the call that it is for. A run that is not to take long does without
+/// what differs little: how the helper starts, and how it looks at the machine, is the same in every
+/// scenario, so one is enough; of a row of calls of one kind some are; SIGTERM, which nothing handles,
+/// is as good as SIGKILL.
+fn faults<'a>(
+    record: &'a [Recorded],
+    scenario: &Scenario,
+    all: bool,
+) -> Vec<(&'a Recorded, Fault)> {
+    let is_first = scenario.name == "plain";
+    let is_first_copy = scenario.name == "memfd";
+    let mut faults = Vec::new();
+    let mut seen = HashSet::new();
+    for (ordinal, recorded) in record.iter().enumerate() {
+        let is_done_elsewhere = recorded.is_start && !is_first
+            || recorded.is_about_machine && !is_first_copy
+            || recorded.is_one_of_many
+            || recorded.is_debug_check;
+        if is_done_elsewhere && !all {
+            continue;
+        }
+        faults.push((recorded, Fault::Signal { ordinal, signal: Signal::SIGKILL }));
+        if all || is_first {
+            faults.push((recorded, Fault::Signal { ordinal, signal: Signal::SIGTERM }));
+        }
+        if recorded.is_debug_check || recorded.call.cannot_fail() {
+            continue;
+        }
+        let (call, nth) = (recorded.call, recorded.nth);
+        let number = call.number;
+        for errno in call.errnos(all) {
+            faults.push((recorded, Fault::Errno { number, nth, errno }));
+        }
+        if call.has_length() {
+            for length in BTreeSet::from([0, 1, recorded.length / 2]) {
+                faults.push((recorded, Fault::Short { number, nth, length }));
+            }
+        }
+        if !recorded.may_die() && (all || seen.insert(number)) {
+            let busy = call.looked_for.contains(&Errno::EBUSY).then_some(Errno::EBUSY);
+            for errno in [Errno::EINTR, Errno::EAGAIN].into_iter().chain(busy) {
+                faults.push((recorded, Fault::ForEver { number, nth, errno }));
+            }
+        }
+    }
+    faults
+}
+
+impl Fault {
+    /// Only one call is made to fail.
+    fn is_single(self) -> bool {
+        !matches!(self, Fault::ForEver { .. })
+    }
+
+    /// What becomes of a call; `injected` counts those that are not simply made.
+    fn action(self, call: &Call, injected: &mut usize) -> Action {
+        let is_this = |number, nth| (call.number, call.nth) == (number, nth);
+        let action = match self {
+            Fault::Errno { number, nth, errno } if is_this(number, nth) => Action::Fail(errno),
+            Fault::Short { number, nth, length } if is_this(number, nth) => Action::Shorten(length),
+            Fault::Signal { ordinal, signal } if ordinal == call.ordinal => Action::Signal(signal),
+            Fault::ForEver { number, nth, errno } if call.number == number && call.nth >= nth => {
+                match *injected {
+                    FOR_EVER => Action::Signal(Signal::SIGTERM),
+                    _ => Action::Fail(errno),
+                }
+            }
+            // Four seconds of waiting for loop devices: not in each of these.
+            Fault::ForEver { .. } if call.number == libc::SYS_clock_nanosleep => {
+                return Action::Answer(Vec::new());
+            }
+            _ => return Action::Proceed,
+        };
+        *injected += 1;
+        action
+    }
+}
+
+/// Whether a call makes a name where it could be left behind: by an absolute path. Of the others, the
+/// directories that the helper knows are looked at after each run.
+fn names_a_file(call: &Call) -> Option<String> {
+    let makes_name = match call.number {
+        libc::SYS_openat => call.arguments[2] & libc::O_CREAT as u64 != 0,
+        libc::SYS_mkdirat | libc::SYS_mknodat => true,
+        _ => false,
+    };
+    let path = makes_name.then(|| call.text(1)).flatten().filter(|path| path.starts_with('/'))?;
+    Some(format!("a name is made by an absolute path: {path}"))
+}

@@ -1,0 +1,216 @@
+//! The system calls that the helper makes, and how each can fail.
+
+use nix::errno::Errno::{self, *};
+use nix::libc;
+
+/// A system call.
+pub struct SystemCall {
+    pub name: &'static str,
+    pub number: i64,
+    /// What a ladder or a retry of sealmount, or of what it uses, looks for. Part of every run.
+    pub looked_for: &'static [Errno],
+    /// What else its manual page lists.
+    pub listed: &'static [Errno],
+}
+
+/// Part of every run, for every call.
+pub const TELLING: [Errno; 4] = [EINTR, EINVAL, ENOMEM, EPERM];
+
+/// What kernels have been seen to answer, whatever the call.
+pub const SEEN: [Errno; 11] =
+    [EAGAIN, ENOSPC, EMFILE, ENFILE, EACCES, EBUSY, ENXIO, ENODEV, ENOSYS, EIO, ELOOP];
+
+impl SystemCall {
+    pub fn of(number: i64) -> &'static SystemCall {
+        let found = CALLS.iter().find(|call| call.number == number);
+        found.unwrap_or_else(|| panic!("system call {number} is missing in tests/faults/calls.rs"))
+    }
+
+    /// Memory management: what fails here is an allocation, a stack, or giving memory back.
+    pub fn is_of_memory(&self) -> bool {
+        matches!(
+            self.number,
+            libc::SYS_brk
+                | libc::SYS_mmap
+                | libc::SYS_munmap
+                | libc::SYS_mprotect
+                | libc::SYS_madvise
+        )
+    }
+
+    /// What the C library gives up on by abort(3): a new thread cannot be known to rseq(2) although
+    /// the first one is, or a futex(2) gives an answer that it does not have.
+    pub fn is_of_threads(&self) -> bool {
+        matches!(self.number, libc::SYS_rseq | libc::SYS_futex)
+    }
+
+    /// Makes the mount what it is: where one of these fails, and not with an errno that is looked for,
+    /// nothing is mounted.
+    pub fn is_decisive(&self) -> bool {
+        matches!(
+            self.number,
+            libc::SYS_fallocate
+                | libc::SYS_fcntl
+                | libc::SYS_fsconfig
+                | libc::SYS_fsmount
+                | libc::SYS_fsopen
+                | libc::SYS_fspick
+                | libc::SYS_memfd_create
+                | libc::SYS_mount_setattr
+                | libc::SYS_move_mount
+                | libc::SYS_open_tree
+                | libc::SYS_pwrite64
+                | libc::SYS_setns
+                | libc::SYS_unshare
+        )
+    }
+
+    /// Reads or writes as many bytes as its third argument says.
+    pub fn has_length(&self) -> bool {
+        matches!(
+            self.number,
+            libc::SYS_read | libc::SYS_write | libc::SYS_pread64 | libc::SYS_pwrite64
+        )
+    }
+
+    /// Cannot fail: it does not return, or has no errors.
+    pub fn cannot_fail(&self) -> bool {
+        matches!(
+            self.number,
+            libc::SYS_exit | libc::SYS_exit_group | libc::SYS_gettid | libc::SYS_getpid
+        )
+    }
+
+    /// Every errno to try, or those of every run.
+    pub fn errnos(&self, all: bool) -> Vec<Errno> {
+        let mut errnos = [&TELLING, self.looked_for].concat();
+        if all {
+            errnos.extend(SEEN.iter().chain(self.listed));
+        }
+        errnos.sort_unstable_by_key(|errno| *errno as i32);
+        errnos.dedup();
+        errnos
+    }
+}
+
+const fn call(
+    name: &'static str,
+    number: i64,
+    looked_for: &'static [Errno],
+    listed: &'static [Errno],
+) -> SystemCall {
+    SystemCall { name, number, looked_for, listed }
+}
+
+/// The errnos that have to do with paths.
+const PATH: &[Errno] = &[EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EBADF, EOVERFLOW];
+
+/// By the manual pages of Linux 6.18; of fsconfig(2) and its kind, by the kernel's sources too.
+const CALLS: &[SystemCall] = &[
+    call("access", libc::SYS_access, &[], PATH),
+    call("arch_prctl", libc::SYS_arch_prctl, &[], &[EFAULT]),
+    call("brk", libc::SYS_brk, &[], &[]),
+    call("clock_nanosleep", libc::SYS_clock_nanosleep, &[], &[EFAULT, EOPNOTSUPP]),
+    call("clone3", libc::SYS_clone3, &[EAGAIN, ENOSYS], &[EEXIST, EUSERS, EOPNOTSUPP, ENOSPC]),
+    call("clone", libc::SYS_clone, &[EAGAIN], &[EUSERS, ENOSPC]),
+    call("close", libc::SYS_close, &[], &[EBADF, EDQUOT]),
+    call("exit", libc::SYS_exit, &[], &[]),
+    call("exit_group", libc::SYS_exit_group, &[], &[]),
+    call(
+        "fallocate",
+        libc::SYS_fallocate,
+        &[EINTR, ENOSPC, EOPNOTSUPP],
+        &[EBADF, EFBIG, ESPIPE, ETXTBSY],
+    ),
+    call("fchdir", libc::SYS_fchdir, &[], &[EBADF, ENOTDIR]),
+    call("fchmod", libc::SYS_fchmod, &[], &[EBADF, EROFS]),
+    call("fchown", libc::SYS_fchown, &[], &[EBADF, EROFS]),
+    call("fcntl", libc::SYS_fcntl, &[EBUSY], &[EBADF, EDEADLK, EFAULT, ENOLCK]),
+    call("fgetxattr", libc::SYS_fgetxattr, &[], &[ENODATA, EOPNOTSUPP, ERANGE, E2BIG, EBADF]),
+    call("flistxattr", libc::SYS_flistxattr, &[], &[EOPNOTSUPP, ERANGE, E2BIG, EBADF]),
+    call(
+        "fsconfig",
+        libc::SYS_fsconfig,
+        &[EBADF, EINVAL, ENOENT, ENOTBLK, EOPNOTSUPP],
+        &[EFAULT, ENAMETOOLONG, ENOTDIR, E2BIG, EROFS, ESTALE, EUCLEAN],
+    ),
+    call(
+        "fsetxattr",
+        libc::SYS_fsetxattr,
+        &[],
+        &[EDQUOT, EEXIST, ENODATA, EOPNOTSUPP, ERANGE, EBADF],
+    ),
+    call("fsmount", libc::SYS_fsmount, &[], &[EBADF, EFAULT]),
+    call("fsopen", libc::SYS_fsopen, &[ENOENT, ENOTBLK, ENODEV], &[EFAULT]),
+    call("fspick", libc::SYS_fspick, &[], PATH),
+    call("fstat", libc::SYS_fstat, &[], PATH),
+    call("fstatfs", libc::SYS_fstatfs, &[], PATH),
+    call("futex", libc::SYS_futex, &[ETIMEDOUT], &[EDEADLK, EFAULT, ESRCH]),
+    call("getcwd", libc::SYS_getcwd, &[ERANGE], &[EFAULT, ENAMETOOLONG, ENOENT]),
+    call("getdents64", libc::SYS_getdents64, &[], &[EBADF, EFAULT, ENOENT, ENOTDIR]),
+    call("getpid", libc::SYS_getpid, &[], &[]),
+    call("getrandom", libc::SYS_getrandom, &[ENOSYS], &[EFAULT]),
+    call("gettid", libc::SYS_gettid, &[], &[]),
+    call(
+        "ioctl",
+        libc::SYS_ioctl,
+        &[EAGAIN, EBUSY, ENODATA, ENOTTY, ENXIO, EOPNOTSUPP],
+        &[EBADF, EFAULT, EOVERFLOW, EFBIG, ENOENT],
+    ),
+    call("lseek", libc::SYS_lseek, &[], &[EBADF, EOVERFLOW, ESPIPE]),
+    call("madvise", libc::SYS_madvise, &[], &[EBADF, EFAULT]),
+    call("memfd_create", libc::SYS_memfd_create, &[EINVAL], &[EFAULT]),
+    call("mkdirat", libc::SYS_mkdirat, &[], &[EDQUOT, EEXIST, EMLINK, EROFS]),
+    call("mknodat", libc::SYS_mknodat, &[], &[EDQUOT, EEXIST, EROFS]),
+    call("mmap", libc::SYS_mmap, &[], &[EBADF, EEXIST, EOVERFLOW, ETXTBSY]),
+    call("mount_setattr", libc::SYS_mount_setattr, &[ENOSYS], &[EBADF, EFAULT, ENOENT, E2BIG]),
+    call("move_mount", libc::SYS_move_mount, &[], PATH),
+    call("mprotect", libc::SYS_mprotect, &[], &[]),
+    call("munmap", libc::SYS_munmap, &[], &[]),
+    call("newfstatat", libc::SYS_newfstatat, &[], PATH),
+    call("open_tree", libc::SYS_open_tree, &[EINVAL], PATH),
+    call(
+        "openat",
+        libc::SYS_openat,
+        &[EACCES, EMFILE, ENOENT, ENXIO],
+        &[
+            EBADF,
+            EDQUOT,
+            EEXIST,
+            EFAULT,
+            EFBIG,
+            EISDIR,
+            ENAMETOOLONG,
+            EOPNOTSUPP,
+            EOVERFLOW,
+            EROFS,
+            ETXTBSY,
+        ],
+    ),
+    call("poll", libc::SYS_poll, &[], &[EFAULT]),
+    call("pread64", libc::SYS_pread64, &[EIO], &[EBADF, EFAULT, EISDIR, EOVERFLOW, ESPIPE]),
+    call("prlimit64", libc::SYS_prlimit64, &[], &[EFAULT, ESRCH]),
+    call(
+        "pwrite64",
+        libc::SYS_pwrite64,
+        &[EINTR, ENOSPC],
+        &[EBADF, EDQUOT, EFAULT, EFBIG, EPIPE, ESPIPE],
+    ),
+    call("read", libc::SYS_read, &[EIO, ENODATA], &[EBADF, EFAULT, EISDIR]),
+    call("readlink", libc::SYS_readlink, &[ENOENT], PATH),
+    call("rseq", libc::SYS_rseq, &[], &[EFAULT]),
+    call("rt_sigaction", libc::SYS_rt_sigaction, &[], &[EFAULT]),
+    call("rt_sigprocmask", libc::SYS_rt_sigprocmask, &[], &[EFAULT]),
+    call("sched_getaffinity", libc::SYS_sched_getaffinity, &[], &[EFAULT, ESRCH]),
+    call("sched_yield", libc::SYS_sched_yield, &[], &[]),
+    call("set_robust_list", libc::SYS_set_robust_list, &[], &[]),
+    call("set_tid_address", libc::SYS_set_tid_address, &[], &[]),
+    call("setns", libc::SYS_setns, &[], &[EBADF, ESRCH]),
+    call("sigaltstack", libc::SYS_sigaltstack, &[], &[EFAULT]),
+    call("statfs", libc::SYS_statfs, &[], PATH),
+    call("statx", libc::SYS_statx, &[ENOSYS], PATH),
+    call("sysinfo", libc::SYS_sysinfo, &[], &[EFAULT]),
+    call("unshare", libc::SYS_unshare, &[], &[EUSERS]),
+    call("utimensat", libc::SYS_utimensat, &[], &[EBADF, EFAULT, EROFS, ESRCH]),
+    call("write", libc::SYS_write, &[ENOSPC, EPIPE], &[EBADF, EDQUOT, EFAULT, EFBIG]),
+];

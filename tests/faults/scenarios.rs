@@ -1,0 +1,334 @@
+//! What the helper is asked for, and on what kernel.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+
+use nix::errno::Errno;
+use nix::libc;
+
+use super::common::{Sandbox, V1, V2, large_image, user_namespace};
+use super::tracer::{Action, Call};
+use sealmount::{Algorithm, compute_digest};
+
+/// A way to call the helper.
+pub struct Scenario {
+    pub name: &'static str,
+    pub arguments: fn(&Place) -> Vec<String>,
+    /// What another kernel, or file system, would answer.
+    pub kernel: Option<fn(&Call) -> Action>,
+    pub outcome: Expected,
+}
+
+impl Scenario {
+    /// What becomes of a call that is not made to fail.
+    pub fn answer(&self, call: &Call) -> Action {
+        self.kernel.map_or(Action::Proceed, |kernel| kernel(call))
+    }
+}
+
+/// What comes of it where nothing fails.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Expected {
+    /// The tree of the manifest.
+    Mount,
+    /// The same with all owners moved up.
+    Idmapped,
+    /// With `verity=require`. The objects do not really have fs-verity: only small files can be read.
+    Verity,
+    /// With as much of it as the kernel says to have.
+    TryVerity,
+    /// Refused, whatever else fails.
+    Refusal,
+}
+
+/// Where a scenario lies.
+pub struct Place {
+    pub sandbox: Sandbox,
+    /// What the names of its images begin with: tells its loop devices from those of others.
+    pub mark: String,
+    /// Holds the user namespace of `idmap=`.
+    pub namespace: Option<(Child, String)>,
+}
+
+impl Place {
+    pub fn new(scenario: &Scenario) -> Option<Place> {
+        let sandbox = Sandbox::new()?;
+        for directory in ["mnt", "upper", "work", "empty"] {
+            sandbox.directory(directory);
+        }
+        let mark = format!("{}-{}", scenario.name.replace([' ', '/'], "-"), std::process::id());
+        let namespace = (scenario.outcome == Expected::Idmapped).then(user_namespace);
+        Some(Place { sandbox, mark, namespace })
+    }
+
+    pub fn mount_point(&self) -> PathBuf {
+        self.sandbox.path("mnt")
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.sandbox.path(name).to_str().unwrap().to_owned()
+    }
+
+    /// The operands, with an image of this content, and the options.
+    fn call(&self, image: &[u8], options: &str) -> Vec<String> {
+        let image = self.sandbox.file(&format!("{}.cfs", self.mark), image);
+        let image = image.to_str().unwrap().to_owned();
+        vec![image, self.path("mnt"), "-o".into(), options.into()]
+    }
+
+    fn v1(&self, options: &str) -> Vec<String> {
+        let image = fs::read(V1.image()).unwrap();
+        self.call(&image, &format!("basedir={},{options}", V1.objects().display()))
+    }
+
+    /// With `noverity` and the digest.
+    fn v1_verified(&self, options: &str) -> Vec<String> {
+        self.v1(&format!("noverity,digest={},{options}", V1.digest))
+    }
+
+    fn v2_verified(&self, image: &[u8], options: &str) -> Vec<String> {
+        let basedir = V2.objects();
+        let digest = V2.digest;
+        self.call(
+            image,
+            &format!("basedir={},noverity,digest={digest},{options}", basedir.display()),
+        )
+    }
+
+    /// The V2 image through a program.
+    fn compressed(&self, program: &str, options: &str) -> Vec<String> {
+        let output = Command::new(program).arg("-c").arg(V2.image()).output().unwrap();
+        assert!(output.status.success(), "{program}: {output:?}");
+        self.v2_verified(&output.stdout, options)
+    }
+}
+
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "plain",
+        arguments: |place| {
+            let basedirs = format!("{}:{}", place.path("empty"), V1.objects().display());
+            place.call(&fs::read(V1.image()).unwrap(), &format!("basedir={basedirs},nosuid"))
+        },
+        kernel: None,
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "memfd",
+        arguments: |place| place.v1_verified("copy"),
+        kernel: None,
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "memfd in threads",
+        arguments: |place| {
+            let image = large_image((1 << 20) + 4096);
+            let digest = compute_digest(Algorithm::Sha256, &image);
+            let basedir = V1.objects();
+            let basedir = basedir.display();
+            place.call(&image, &format!("basedir={basedir},copy,noverity,digest={digest}"))
+        },
+        kernel: None,
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "ramfs",
+        arguments: |place| place.v1_verified("copy=ramfs"),
+        kernel: None,
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "zstd, memfd",
+        arguments: |place| place.compressed("zstd", "copy"),
+        kernel: None,
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "xz, ramfs",
+        arguments: |place| place.compressed("xz", "copy=ramfs"),
+        kernel: None,
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "gzip, memfd",
+        arguments: |place| place.compressed("gzip", "copy"),
+        kernel: None,
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "upper layer",
+        arguments: |place| {
+            place.v1(&format!("upperdir={},workdir={}", place.path("upper"), place.path("work")))
+        },
+        kernel: None,
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "idmap",
+        arguments: |place| {
+            let (_, namespace) = place.namespace.as_ref().unwrap();
+            place.v1(&format!("idmap={namespace}"))
+        },
+        kernel: None,
+        outcome: Expected::Idmapped,
+    },
+    Scenario {
+        name: "verbose, namespace",
+        arguments: |place| {
+            let more = ["-v".into(), "-N".into(), "/proc/self/ns/mnt".into()];
+            [place.v1_verified("copy=ramfs"), more.into()].concat()
+        },
+        kernel: None,
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "wrong digest",
+        arguments: |place| place.v1(&format!("copy,noverity,digest={}", "0".repeat(64))),
+        kernel: None,
+        outcome: Expected::Refusal,
+    },
+    Scenario {
+        name: "wrong digest, ramfs",
+        arguments: |place| {
+            let image = fs::read(V2.image()).unwrap();
+            let call = place.v2_verified(&image, "copy=ramfs");
+            call.iter().map(|word| word.replace(V2.digest, &"0".repeat(128))).collect()
+        },
+        kernel: None,
+        outcome: Expected::Refusal,
+    },
+    Scenario {
+        name: "wrong digest, zstd",
+        arguments: |place| {
+            let call = place.compressed("zstd", "copy");
+            call.iter().map(|word| word.replace(V2.digest, &"0".repeat(128))).collect()
+        },
+        kernel: None,
+        outcome: Expected::Refusal,
+    },
+    Scenario {
+        name: "digest by the kernel",
+        arguments: |place| place.v1(&format!("digest={}", V1.digest)),
+        kernel: Some(with_verity),
+        outcome: Expected::Verity,
+    },
+    Scenario {
+        name: "wrong digest by the kernel",
+        arguments: |place| place.v1(&format!("digest={}", "0".repeat(64))),
+        kernel: Some(with_verity),
+        outcome: Expected::Refusal,
+    },
+    Scenario {
+        name: "tryverity",
+        arguments: |place| place.v1("tryverity"),
+        kernel: Some(with_verity),
+        outcome: Expected::TryVerity,
+    },
+    Scenario {
+        name: "verity, objects without",
+        arguments: |place| place.v1("verity"),
+        kernel: None,
+        outcome: Expected::Refusal,
+    },
+    Scenario {
+        name: "without /proc",
+        arguments: |place| place.v1_verified("copy"),
+        kernel: Some(without_proc),
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "as on 6.12, verity",
+        arguments: |place| place.v1("verity"),
+        kernel: Some(|call| match as_on_6_12(call) {
+            Action::Proceed => with_verity(call),
+            action => action,
+        }),
+        outcome: Expected::Verity,
+    },
+    Scenario {
+        name: "as on 6.7, upper layer",
+        arguments: |place| {
+            place.v1(&format!("upperdir={},workdir={}", place.path("upper"), place.path("work")))
+        },
+        kernel: Some(as_on_6_7),
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "as on 6.1, V2",
+        arguments: |place| place.v2_verified(&fs::read(V2.image()).unwrap(), "copy=ramfs"),
+        kernel: Some(as_on_6_1),
+        outcome: Expected::Mount,
+    },
+];
+
+/// fsconfig(2) with this command and key.
+fn sets(call: &Call, command: u64, key: &str) -> bool {
+    call.number == libc::SYS_fsconfig
+        && call.arguments[1] == command
+        && call.text(2).as_deref() == Some(key)
+}
+
+const FSCONFIG_SET_STRING: u64 = 1;
+const FSCONFIG_SET_FD: u64 = 5;
+pub const FSCONFIG_CMD_CREATE: u64 = 6;
+
+/// `FS_IOC_MEASURE_VERITY`
+const MEASURE_VERITY: u64 = 0xc004_6686;
+
+/// The file system has fs-verity, and all files of the fixture V1 have it; directories cannot.
+fn with_verity(call: &Call) -> Action {
+    if call.number != libc::SYS_ioctl || call.arguments[1] != MEASURE_VERITY {
+        return Action::Proceed;
+    }
+    let is_directory = call.file(0).is_none_or(|file| file.is_dir());
+    if is_directory {
+        return Action::Fail(Errno::ENODATA);
+    }
+    // struct fsverity_digest: algorithm, size, digest. That of the image; of an object it does not
+    // matter which one it is.
+    let sealmount::Digest::Sha256(digest) = V1.digest() else { unreachable!() };
+    Action::Answer([&[1, 0, 32, 0][..], &digest].concat())
+}
+
+/// /proc is not mounted.
+fn without_proc(call: &Call) -> Action {
+    let path = match call.number {
+        libc::SYS_openat | libc::SYS_statx => call.text(1),
+        libc::SYS_readlink => call.text(0),
+        _ => None,
+    };
+    match path.is_some_and(|path| path.starts_with("/proc")) {
+        true => Action::Fail(Errno::ENOENT),
+        false => Action::Proceed,
+    }
+}
+
+/// No layers by descriptor.
+fn as_on_6_12(call: &Call) -> Action {
+    let keys = ["lowerdir+", "datadir+", "upperdir", "workdir"];
+    match keys.iter().any(|key| sets(call, FSCONFIG_SET_FD, key)) {
+        true => Action::Fail(Errno::EBADF),
+        false => Action::Proceed,
+    }
+}
+
+/// Nor `lowerdir+`, nor EROFS from a file.
+fn as_on_6_7(call: &Call) -> Action {
+    let is_file = |call: &Call| call.text(3).is_some_and(|source| source.starts_with("/proc"));
+    if sets(call, FSCONFIG_SET_STRING, "lowerdir+") {
+        return Action::Fail(Errno::EINVAL);
+    }
+    if sets(call, FSCONFIG_SET_STRING, "source") && is_file(call) {
+        return Action::Fail(Errno::ENOTBLK);
+    }
+    as_on_6_12(call)
+}
+
+/// Nor data-only layers: overlayfs does not parse its options itself.
+fn as_on_6_1(call: &Call) -> Action {
+    match as_on_6_7(call) {
+        Action::Fail(Errno::EBADF) => Action::Fail(Errno::EOPNOTSUPP),
+        action => action,
+    }
+}

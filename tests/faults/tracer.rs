@@ -1,0 +1,297 @@
+//! Runs a program under ptrace(2) and has somebody decide about each of its system calls.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{Read, Seek};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::libc::user_regs_struct as Registers;
+use nix::sys::ptrace::{self, Event, Options};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+/// A system call that is about to be made.
+pub struct Call {
+    thread: Pid,
+    pub number: i64,
+    pub arguments: [u64; 6],
+    /// How many calls all threads made before.
+    pub ordinal: usize,
+    /// How many of these were of this number.
+    pub nth: usize,
+}
+
+impl Call {
+    /// The string that an argument points to.
+    pub fn text(&self, argument: usize) -> Option<String> {
+        let mut bytes = [0; 256];
+        let memory = File::open(format!("/proc/{}/mem", self.thread)).ok()?;
+        let length = memory.read_at(&mut bytes, self.arguments[argument]).ok()?;
+        let text = bytes[..length].split(|byte| *byte == 0).next()?;
+        String::from_utf8(text.to_vec()).ok()
+    }
+
+    /// The file that an argument is the descriptor of.
+    pub fn file(&self, argument: usize) -> Option<PathBuf> {
+        fs::read_link(format!("/proc/{}/fd/{}", self.thread, self.arguments[argument])).ok()
+    }
+}
+
+/// What becomes of a system call.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// It is made.
+    Proceed,
+    /// It is not made and returns this.
+    Fail(Errno),
+    /// It is not made, leaves these bytes where its third argument points to, and returns 0.
+    Answer(Vec<u8>),
+    /// It is made with no more than this as its third argument, the length.
+    Shorten(u64),
+    /// The process gets the signal first.
+    Signal(Signal),
+}
+
+/// What a tracer decides about a call, and whether it wants to see those that follow.
+pub struct Decision {
+    pub action: Action,
+    pub is_last: bool,
+}
+
+impl From<Action> for Decision {
+    fn from(action: Action) -> Decision {
+        Decision { action, is_last: false }
+    }
+}
+
+/// How a program ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Exited(i32),
+    Killed(Signal),
+    /// It was still running at the time limit.
+    Hung,
+}
+
+/// What is to be done when a thread comes back from the kernel.
+enum AtExit {
+    Nothing,
+    Return(i64),
+    RestoreLength(u64),
+}
+
+/// Runs a program until it and all its threads and children have ended; returns what it wrote to
+/// standard error.
+#[allow(clippy::zombie_processes)] // The tracer waits for it, and for its threads.
+pub fn run(
+    program: &Path,
+    arguments: &[String],
+    directory: &Path,
+    time_limit: Duration,
+    decide: &mut dyn FnMut(&Call) -> Decision,
+) -> (End, String) {
+    let stderr = rustix::fs::memfd_create("stderr", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let mut stderr = File::from(stderr);
+    // A process that has itself traced from its start takes `unsafe`. This one waits for it.
+    let child = Command::new("/bin/sh")
+        .args(["-c", r#"kill -STOP $$; exec "$@""#, "sh"])
+        .arg(program)
+        .args(arguments)
+        .current_dir(directory)
+        // cargo's LD_LIBRARY_PATH makes the loader look in a hundred places.
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(stderr.try_clone().unwrap())
+        .spawn()
+        .unwrap();
+    let leader = Pid::from_raw(child.id() as i32);
+    waitpid(leader, Some(WaitPidFlag::WUNTRACED)).unwrap();
+    let options = Options::PTRACE_O_TRACESYSGOOD
+        | Options::PTRACE_O_TRACECLONE
+        | Options::PTRACE_O_TRACEFORK
+        | Options::PTRACE_O_TRACEVFORK
+        | Options::PTRACE_O_TRACEEXEC
+        | Options::PTRACE_O_EXITKILL;
+    ptrace::seize(leader, options).unwrap();
+    kill(leader, Signal::SIGCONT).unwrap();
+
+    let (finished, is_finished) = mpsc::channel::<()>();
+    let hung = AtomicBool::new(false);
+    let end = std::thread::scope(|scope| {
+        let process = rustix::process::Pid::from_child(&child);
+        let process =
+            rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()).unwrap();
+        let hung = &hung;
+        scope.spawn(move || {
+            if is_finished.recv_timeout(time_limit) == Err(RecvTimeoutError::Timeout) {
+                hung.store(true, Ordering::Relaxed);
+                let _ = rustix::process::pidfd_send_signal(&process, rustix::process::Signal::KILL);
+            }
+        });
+        let end = Tracer::new(leader).follow(decide);
+        drop(finished);
+        end
+    });
+    let mut text = Vec::new();
+    stderr.rewind().unwrap();
+    stderr.read_to_end(&mut text).unwrap();
+    let end = if hung.into_inner() { End::Hung } else { end };
+    (end, String::from_utf8_lossy(&text).into_owned())
+}
+
+struct Tracer {
+    leader: Pid,
+    /// Of each thread that is in the kernel.
+    threads: HashMap<Pid, Option<AtExit>>,
+    /// From when the shell has become the program until the last decision.
+    is_of_interest: bool,
+    ordinal: usize,
+    counts: HashMap<i64, usize>,
+}
+
+impl Tracer {
+    fn new(leader: Pid) -> Tracer {
+        let threads = HashMap::from([(leader, None)]);
+        Tracer { leader, threads, is_of_interest: false, ordinal: 0, counts: HashMap::new() }
+    }
+
+    fn follow(mut self, decide: &mut dyn FnMut(&Call) -> Decision) -> End {
+        let mut end = End::Hung;
+        // Not those of other tests, in other threads of this process.
+        let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
+        while !self.threads.is_empty() {
+            let (thread, signal) = match waitpid(None, Some(flags)).unwrap() {
+                WaitStatus::Exited(thread, status) => {
+                    self.threads.remove(&thread);
+                    if thread == self.leader {
+                        end = End::Exited(status);
+                    }
+                    continue;
+                }
+                WaitStatus::Signaled(thread, signal, _) => {
+                    self.threads.remove(&thread);
+                    if thread == self.leader {
+                        end = End::Killed(signal);
+                    }
+                    continue;
+                }
+                WaitStatus::PtraceSyscall(thread) => {
+                    // ESRCH: it has been killed meanwhile.
+                    let _ = self.at_call(thread, decide);
+                    (thread, None)
+                }
+                WaitStatus::PtraceEvent(thread, _, event) => {
+                    self.threads.entry(thread).or_insert(None);
+                    self.at_event(thread, event);
+                    (thread, None)
+                }
+                WaitStatus::Stopped(thread, signal) => (thread, Some(signal)),
+                status => panic!("{status:?}"),
+            };
+            // One in the kernel is let go only when it has come back.
+            let is_inside = self.threads.get(&thread).is_some_and(Option::is_some);
+            let _ = match self.is_of_interest || is_inside {
+                true => ptrace::syscall(thread, signal),
+                false => ptrace::cont(thread, signal),
+            };
+        }
+        end
+    }
+
+    fn at_event(&mut self, thread: Pid, event: i32) {
+        if event == Event::PTRACE_EVENT_EXEC as i32 {
+            self.is_of_interest = true;
+            // What comes next is the return from execve(2).
+            self.threads.insert(thread, Some(AtExit::Nothing));
+        } else if event != Event::PTRACE_EVENT_STOP as i32
+            && let Ok(new) = ptrace::getevent(thread)
+        {
+            self.threads.entry(Pid::from_raw(new as i32)).or_insert(None);
+        }
+    }
+
+    fn at_call(
+        &mut self,
+        thread: Pid,
+        decide: &mut dyn FnMut(&Call) -> Decision,
+    ) -> nix::Result<()> {
+        let mut registers = ptrace::getregs(thread)?;
+        let state = self.threads.entry(thread).or_insert(None);
+        match state.take() {
+            None => {
+                let call = call(thread, &registers, &mut self.ordinal, &mut self.counts);
+                let Decision { action, is_last } = decide(&call);
+                self.is_of_interest = !is_last;
+                *state = Some(enter(&call, &mut registers, action, self.leader)?);
+            }
+            Some(AtExit::Nothing) => {}
+            Some(AtExit::Return(value)) => {
+                registers.rax = value as u64;
+                ptrace::setregs(thread, registers)?;
+            }
+            Some(AtExit::RestoreLength(length)) => {
+                registers.rdx = length;
+                ptrace::setregs(thread, registers)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn call(
+    thread: Pid,
+    registers: &Registers,
+    ordinal: &mut usize,
+    counts: &mut HashMap<i64, usize>,
+) -> Call {
+    let Registers { orig_rax, rdi, rsi, rdx, r10, r8, r9, .. } = *registers;
+    let number = orig_rax as i64;
+    let count = counts.entry(number).or_default();
+    let arguments = [rdi, rsi, rdx, r10, r8, r9];
+    let call = Call { thread, number, arguments, ordinal: *ordinal, nth: *count };
+    *ordinal += 1;
+    *count += 1;
+    call
+}
+
+fn enter(
+    call: &Call,
+    registers: &mut Registers,
+    action: Action,
+    process: Pid,
+) -> nix::Result<AtExit> {
+    // No system call has this number, so none is made.
+    let mut skip = || {
+        registers.orig_rax = u64::MAX;
+        ptrace::setregs(call.thread, *registers)
+    };
+    match action {
+        Action::Proceed => Ok(AtExit::Nothing),
+        Action::Fail(errno) => skip().map(|()| AtExit::Return(-(errno as i64))),
+        Action::Answer(bytes) => {
+            skip()?;
+            let memory = format!("/proc/{}/mem", call.thread);
+            let memory = File::options().write(true).open(memory).map_err(|_| Errno::ESRCH)?;
+            memory.write_all_at(&bytes, call.arguments[2]).map_err(|_| Errno::ESRCH)?;
+            Ok(AtExit::Return(0))
+        }
+        Action::Shorten(length) => {
+            let whole = registers.rdx;
+            registers.rdx = length.min(whole);
+            ptrace::setregs(call.thread, *registers)?;
+            Ok(AtExit::RestoreLength(whole))
+        }
+        Action::Signal(signal) => {
+            kill(process, signal)?;
+            Ok(AtExit::Nothing)
+        }
+    }
+}
