@@ -17,7 +17,7 @@ use sealmount::{
 
 use common::{
     Fixture, Sandbox, V1, V2, assert_has_hard_link, assert_is_manifest, assert_is_manifest_mapped,
-    assert_no_loop_device, loop_devices, mount_at, mounts, umount, user_namespace,
+    assert_no_loop_device, loop_devices, mount_at, mounts, umount,
 };
 
 #[test]

@@ -49,8 +49,7 @@ impl SystemCall {
     pub fn is_decisive(&self) -> bool {
         matches!(
             self.number,
-            libc::SYS_fallocate
-                | libc::SYS_fcntl
+            libc::SYS_fcntl
                 | libc::SYS_fsconfig
                 | libc::SYS_fsmount
                 | libc::SYS_fsopen
@@ -77,7 +76,14 @@ impl SystemCall {
     pub fn cannot_fail(&self) -> bool {
         matches!(
             self.number,
-            libc::SYS_exit | libc::SYS_exit_group | libc::SYS_gettid | libc::SYS_getpid
+            libc::SYS_exit
+                | libc::SYS_exit_group
+                | libc::SYS_getegid
+                | libc::SYS_geteuid
+                | libc::SYS_getgid
+                | libc::SYS_getpid
+                | libc::SYS_gettid
+                | libc::SYS_getuid
         )
     }
 
@@ -116,12 +122,6 @@ const CALLS: &[SystemCall] = &[
     call("close", libc::SYS_close, &[], &[EBADF, EDQUOT]),
     call("exit", libc::SYS_exit, &[], &[]),
     call("exit_group", libc::SYS_exit_group, &[], &[]),
-    call(
-        "fallocate",
-        libc::SYS_fallocate,
-        &[EINTR, ENOSPC, EOPNOTSUPP],
-        &[EBADF, EFBIG, ESPIPE, ETXTBSY],
-    ),
     call("fchdir", libc::SYS_fchdir, &[], &[EBADF, ENOTDIR]),
     call("fchmod", libc::SYS_fchmod, &[], &[EBADF, EROFS]),
     call("fchown", libc::SYS_fchown, &[], &[EBADF, EROFS]),
@@ -148,6 +148,10 @@ const CALLS: &[SystemCall] = &[
     call("futex", libc::SYS_futex, &[ETIMEDOUT], &[EDEADLK, EFAULT, ESRCH]),
     call("getcwd", libc::SYS_getcwd, &[ERANGE], &[EFAULT, ENAMETOOLONG, ENOENT]),
     call("getdents64", libc::SYS_getdents64, &[], &[EBADF, EFAULT, ENOENT, ENOTDIR]),
+    call("getegid", libc::SYS_getegid, &[], &[]),
+    call("geteuid", libc::SYS_geteuid, &[], &[]),
+    call("getgid", libc::SYS_getgid, &[], &[]),
+    call("getuid", libc::SYS_getuid, &[], &[]),
     call("getpid", libc::SYS_getpid, &[], &[]),
     call("getrandom", libc::SYS_getrandom, &[ENOSYS], &[EFAULT]),
     call("gettid", libc::SYS_gettid, &[], &[]),
