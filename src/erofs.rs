@@ -23,7 +23,7 @@ pub(crate) enum Source {
 }
 
 impl Source {
-    fn file(&self) -> &OwnedFd {
+    pub fn file(&self) -> &OwnedFd {
         match self {
             Source::File(image) => &image.file,
             Source::Memory(memory) => memory.file(),

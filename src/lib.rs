@@ -46,6 +46,9 @@ mod digest;
 mod erofs;
 mod error;
 mod fs_context;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod image;
 mod location;
 mod loop_device;

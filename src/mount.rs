@@ -20,6 +20,18 @@ use crate::options::{Memory, MountOptions, OptionsError, Verity};
 use crate::overlay::{Layer, Overlay, Upper};
 use crate::step::{ObjectVerity, Progress, Step, VerifiedBy};
 
+/// What is mounted: opened, checked and, where a digest was asked for, verified.
+pub(crate) struct Prepared<'a> {
+    pub source: Source,
+    pub header: Header,
+    objects: Vec<Layer<'a>>,
+    upper: Option<Upper<'a>>,
+    user_namespace: Option<OwnedFd>,
+    verity: Verity,
+    /// With `tryverity`, why nothing of it is enforced.
+    unsupported: Option<NotVerity>,
+}
+
 impl MountOptions {
     /// Mounts an image with these options, without attaching it anywhere.
     ///
@@ -37,16 +49,8 @@ impl MountOptions {
         steps: &mut dyn FnMut(Step),
     ) -> Result<DetachedMount, Error> {
         let location = image.into();
-        let image = image::open(&location)?;
-        let objects = self.open_objects()?;
-        let upper = self.upper.as_ref().map(Upper::open).transpose()?;
-        let user_namespace = self.idmap.as_ref().map(open_user_namespace).transpose()?;
-        let (verity, unsupported) = self.check_objects(&objects)?;
-
-        let (source, header) = match image {
-            Opened::Plain(image) => self.verified_source(image, steps)?,
-            Opened::Compressed(image) => self.decompressed_source(image, steps)?,
-        };
+        let Prepared { source, header, objects, upper, user_namespace, verity, unsupported } =
+            self.prepare(&location, steps)?;
         let image = erofs::mount(&source, &header, &location.name(), steps)?;
         // The mount holds what it needs of it.
         drop(source);
@@ -66,6 +70,24 @@ impl MountOptions {
         };
         steps(Step::Verity(verity));
         Ok(DetachedMount { fd, verity })
+    }
+
+    /// All that is done before the kernel is asked for a mount.
+    pub(crate) fn prepare(
+        &self,
+        location: &Location,
+        steps: &mut dyn FnMut(Step),
+    ) -> Result<Prepared<'_>, Error> {
+        let image = image::open(location)?;
+        let objects = self.open_objects()?;
+        let upper = self.upper.as_ref().map(Upper::open).transpose()?;
+        let user_namespace = self.idmap.as_ref().map(open_user_namespace).transpose()?;
+        let (verity, unsupported) = self.check_objects(&objects)?;
+        let (source, header) = match image {
+            Opened::Plain(image) => self.verified_source(image, steps)?,
+            Opened::Compressed(image) => self.decompressed_source(image, steps)?,
+        };
+        Ok(Prepared { source, header, objects, upper, user_namespace, verity, unsupported })
     }
 
     fn open_objects(&self) -> Result<Vec<Layer<'_>>, Error> {

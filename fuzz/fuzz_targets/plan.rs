@@ -1,0 +1,48 @@
+//! Options and an image, through all that is done before the kernel is asked for a mount. The input
+//! is the text of the options, a NUL byte, and the image.
+#![no_main]
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+use libfuzzer_sys::fuzz_target;
+use sealmount::{Location, Memory, MountOptions, SizeLimit, Sloppy};
+
+/// No path of the fuzzer's is opened: this runs as root. What they become exists, or does not, or is
+/// no directory.
+fn tame(location: &mut Location) {
+    let name = location.to_string();
+    let tame = match name.bytes().fold(0, u8::wrapping_add) % 4 {
+        0 => "/nonexistent",
+        1 => "/proc/self/ns/user",
+        _ => "/",
+    };
+    *location = tame.into();
+}
+
+fuzz_target!(|input: &[u8]| {
+    let end = input.iter().position(|byte| *byte == 0).unwrap_or(input.len());
+    let (text, rest) = input.split_at(end);
+    let parsed = MountOptions::parse_sloppy(OsStr::from_bytes(text));
+    let Ok(Sloppy { mut options, .. }) = parsed else { return };
+    let upper =
+        options.upper.iter_mut().flat_map(|upper| [&mut upper.upperdir, &mut upper.workdir]);
+    options.basedirs.iter_mut().chain(&mut options.idmap).chain(upper).for_each(tame);
+    if options.copy.is_some() {
+        // A ramfs is a mount already.
+        options.copy = Some(Memory::Memfd);
+        options.size = match options.size {
+            Some(SizeLimit::Bytes(bytes)) if bytes < 1 << 20 => options.size,
+            Some(SizeLimit::Percent(0)) => options.size,
+            _ => Some(sealmount_fuzz::LIMIT),
+        };
+    }
+    let image = sealmount_fuzz::image(rest.get(1..).unwrap_or_default());
+    match sealmount::fuzzing::prepare(&options, &image) {
+        Ok(content) => assert!(content.len() % 4096 == 0),
+        Err(error) => {
+            assert!(!error.to_string().is_empty());
+            let _ = (error.hint(), error.errno());
+        }
+    }
+});
