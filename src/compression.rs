@@ -49,15 +49,17 @@ impl fmt::Display for Compression {
 const WINDOW_LOG_MAX: u32 = 27;
 
 /// What is in a compressed file: all its frames, streams or members, one after the other. Garbage
-/// behind them, a wrong checksum or an end before the end is an error.
+/// behind them, a wrong checksum or an end before the end is an error. No more than `size` bytes of the
+/// file are read: one that grows has no end.
 ///
 /// `None`: this build has no decoder for it.
 #[allow(unreachable_patterns, unused_variables)] // Without some of the features.
 pub(crate) fn decoder(
     format: Compression,
     file: &OwnedFd,
+    size: u64,
 ) -> Option<io::Result<Box<dyn Read + '_>>> {
-    let reader = FileReader { file, offset: 0 };
+    let reader = FileReader { file, offset: 0 }.take(size);
     match format {
         #[cfg(feature = "zstd")]
         Compression::Zstd => Some(zstd_decoder(reader)),
@@ -70,14 +72,14 @@ pub(crate) fn decoder(
 }
 
 #[cfg(feature = "zstd")]
-fn zstd_decoder(reader: FileReader<'_>) -> io::Result<Box<dyn Read + '_>> {
+fn zstd_decoder(reader: io::Take<FileReader<'_>>) -> io::Result<Box<dyn Read + '_>> {
     let mut decoder = zstd::stream::read::Decoder::new(reader)?;
     decoder.window_log_max(WINDOW_LOG_MAX)?;
     Ok(Box::new(decoder))
 }
 
 #[cfg(feature = "xz")]
-fn xz_decoder(reader: FileReader<'_>) -> io::Result<Box<dyn Read + '_>> {
+fn xz_decoder(reader: io::Take<FileReader<'_>>) -> io::Result<Box<dyn Read + '_>> {
     use liblzma::stream::{CONCATENATED, Stream};
     // A little more than the window is needed besides.
     let memory_limit = (1 << WINDOW_LOG_MAX) + (1 << 20);

@@ -10,7 +10,7 @@ use crate::copy::{check_digest, in_threads, threads, write_all_at};
 use crate::digest::{Algorithm, Digest, Hash, MerkleTree};
 use crate::error::{Error, KernelError, Operation};
 use crate::image::{CompressedImage, Header, ImageError};
-use crate::memory::{SealedMemory, UnsealedMemory};
+use crate::memory::{SealedMemory, UnsealedMemory, check_limit};
 use crate::options::{Memory, SizeLimit};
 use crate::step::{Progress, Step};
 
@@ -34,7 +34,10 @@ pub(crate) fn into_memory(
     steps: &mut dyn FnMut(Step),
 ) -> Result<(SealedMemory, Header), Error> {
     let wrong = |problem| Error::Image { image: image.name.clone(), problem };
-    let decoder = decoder(image.format, &image.file)
+    // A stream can be padded without end: a sparse file of terabytes takes hours to read, and nothing
+    // comes out. So what is larger than the copy may be is not read at all.
+    check_limit(&image.name, image.size, limit)?;
+    let decoder = decoder(image.format, &image.file, image.size)
         .ok_or_else(|| wrong(ImageError::CompressionUnsupported(image.format)))?
         .map_err(|error| decompress_error(image, error))?;
     let mut stream = Stream { image, decoder };

@@ -156,6 +156,8 @@ pub(crate) struct Image {
 pub(crate) struct CompressedImage {
     pub file: OwnedFd,
     pub name: PathBuf,
+    /// The size of the file when it was opened, in bytes.
+    pub size: u64,
     pub format: Compression,
 }
 
@@ -190,12 +192,12 @@ pub(crate) fn open(location: &Location) -> Result<Opened, Error> {
     let length =
         read_at(&file, &mut start, 0).map_err(|errno| failed(Operation::ReadImage, errno))?;
     let start = &start[..length];
-    if let Some(format) = Compression::of(start) {
-        return Ok(Opened::Compressed(CompressedImage { file, name, format }));
-    }
-    let header = Header::parse(start).map_err(wrong)?;
     // Not negative for a regular file.
     let size = stat.st_size as u64;
+    if let Some(format) = Compression::of(start) {
+        return Ok(Opened::Compressed(CompressedImage { file, name, size, format }));
+    }
+    let header = Header::parse(start).map_err(wrong)?;
     header.check_size(size).map_err(wrong)?;
     Ok(Opened::Plain(Image { file, name, size, header }))
 }

@@ -72,11 +72,7 @@ impl UnsealedMemory {
         size: u64,
         limit: Option<SizeLimit>,
     ) -> Result<UnsealedMemory, Error> {
-        let limit = limit_in_bytes(limit)
-            .map_err(|errno| KernelError::new(Operation::AskForMemory, errno))?;
-        if size > limit {
-            return Err(Error::NotEnoughMemory { image: image.to_owned(), size, limit });
-        }
+        check_limit(image, size, limit)?;
         match kind {
             Memory::Memfd => UnsealedMemory::memfd(image),
             Memory::Ramfs => UnsealedMemory::ramfs(image),
@@ -179,6 +175,16 @@ fn ramfs_name(image: &Path) -> &OsStr {
     let name = image.file_name().unwrap_or("image".as_ref()).as_bytes();
     // Of a descriptor, the kernel's path may go on with " (deleted)".
     OsStr::from_bytes(&name[..name.len().min(NAME_MAX)])
+}
+
+/// Whether a copy may take so many bytes.
+pub(crate) fn check_limit(image: &Path, size: u64, limit: Option<SizeLimit>) -> Result<(), Error> {
+    let limit = limit_in_bytes(limit)
+        .map_err(|errno| KernelError::new(Operation::AskForMemory, errno))?;
+    if size > limit {
+        return Err(Error::NotEnoughMemory { image: image.to_owned(), size, limit });
+    }
+    Ok(())
 }
 
 /// The memory that a copy may take: what was asked for, or half of what there is, as tmpfs has it;
