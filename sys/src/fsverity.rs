@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 
 use linux_raw_sys::ioctl::{FS_IOC_ENABLE_VERITY, FS_IOC_MEASURE_VERITY};
 use rustix::io;
-use rustix::ioctl::{Setter, Updater, ioctl};
+use rustix::ioctl::{Opcode, Setter, Updater, ioctl};
 
 /// `FS_VERITY_HASH_ALG_SHA256`
 pub const HASH_ALG_SHA256: u16 = 1;
@@ -62,7 +62,7 @@ pub fn measure(file: impl AsFd) -> io::Result<Measurement> {
     };
     // SAFETY: the opcode is FS_IOC_MEASURE_VERITY, whose argument is a struct fsverity_digest; the
     // kernel writes at most digest_size bytes behind its two fields, and that many are there.
-    unsafe { ioctl(file, Updater::<FS_IOC_MEASURE_VERITY, _>::new(&mut raw))? };
+    unsafe { ioctl(file, Updater::<{ FS_IOC_MEASURE_VERITY as Opcode }, _>::new(&mut raw))? };
     Ok(Measurement { raw })
 }
 
@@ -106,5 +106,5 @@ pub fn enable(file: impl AsFd, hash_algorithm: u16) -> io::Result<()> {
     };
     // SAFETY: the opcode is FS_IOC_ENABLE_VERITY, whose argument is a struct fsverity_enable_arg,
     // only read by the kernel; salt and signature are of size zero.
-    unsafe { ioctl(file, Setter::<FS_IOC_ENABLE_VERITY, _>::new(arg)) }
+    unsafe { ioctl(file, Setter::<{ FS_IOC_ENABLE_VERITY as Opcode }, _>::new(arg)) }
 }

@@ -20,7 +20,7 @@ unsafe impl Ioctl for GetFree {
     const IS_MUTATING: bool = false;
 
     fn opcode(&self) -> Opcode {
-        LOOP_CTL_GET_FREE
+        LOOP_CTL_GET_FREE as Opcode
     }
 
     fn as_ptr(&mut self) -> *mut c_void {
@@ -66,5 +66,5 @@ pub fn configure(
     let length = name.len().min(LO_NAME_SIZE as usize - 1);
     config.info.lo_file_name[..length].copy_from_slice(&name[..length]);
     // SAFETY: the opcode is LOOP_CONFIGURE, whose argument is a struct loop_config.
-    unsafe { ioctl(device, Setter::<LOOP_CONFIGURE, _>::new(config)) }
+    unsafe { ioctl(device, Setter::<{ LOOP_CONFIGURE as Opcode }, _>::new(config)) }
 }

@@ -56,7 +56,7 @@ unsafe impl Ioctl for NsType {
     const IS_MUTATING: bool = false;
 
     fn opcode(&self) -> Opcode {
-        NS_GET_NSTYPE
+        NS_GET_NSTYPE as Opcode
     }
 
     fn as_ptr(&mut self) -> *mut c_void {
