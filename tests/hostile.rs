@@ -567,8 +567,8 @@ fn mutations() -> Vec<(usize, u8)> {
             _ if whole && *offset < 4096 => true,
             _ if whole => offset % 16 == usize::from(*flip != 0xff),
             // The header and the superblock, and some of the rest.
-            0..32 | 1024..1152 => true,
-            _ => offset % 97 == usize::from(*flip != 0xff),
+            0..32 | 1024..1152 => *flip == 0xff,
+            _ => offset % 193 == usize::from(*flip != 0xff),
         })
         .collect()
 }
