@@ -179,8 +179,8 @@ fn ramfs_name(image: &Path) -> &OsStr {
 
 /// Whether a copy may take so many bytes.
 pub(crate) fn check_limit(image: &Path, size: u64, limit: Option<SizeLimit>) -> Result<(), Error> {
-    let limit = limit_in_bytes(limit)
-        .map_err(|errno| KernelError::new(Operation::AskForMemory, errno))?;
+    let limit =
+        limit_in_bytes(limit).map_err(|errno| KernelError::new(Operation::AskForMemory, errno))?;
     if size > limit {
         return Err(Error::NotEnoughMemory { image: image.to_owned(), size, limit });
     }

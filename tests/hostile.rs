@@ -12,10 +12,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Sandbox, V1, assert_is_manifest, umount};
+use common::{Sandbox, V1, assert_is_manifest, through, umount};
 use rustix::fs::{CWD, FileType, Mode, OFlags, RenameFlags, makedev, mknodat, renameat_with};
 use sealmount::{
     DetachedMount, DirectoryRole, Errno, Error, ImageError, Location, MountOptions, Operation,
@@ -27,23 +27,6 @@ use sealmount::{
 const MEMORY: &str = "--data=16777216";
 /// Seconds of processor time.
 const TIME: &str = "--cpu=10";
-
-/// What a program makes of these bytes.
-fn through(program: &[&str], input: &[u8]) -> Vec<u8> {
-    let mut child = Command::new(program[0])
-        .args(&program[1..])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap_or_else(|error| panic!("{}: {error}", program[0]));
-    let mut stdin = child.stdin.take().unwrap();
-    let output = std::thread::scope(|scope| {
-        scope.spawn(move || stdin.write_all(input).unwrap());
-        child.wait_with_output().unwrap()
-    });
-    assert!(output.status.success());
-    output.stdout
-}
 
 const ZSTD: &[&str] = &["zstd", "-c"];
 const XZ: &[&str] = &["xz", "-0", "-c"];
