@@ -18,7 +18,7 @@ mod tracer;
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -183,8 +183,12 @@ fn trace(
     arguments: &[String],
     decide: &mut dyn FnMut(&Call) -> Decision,
 ) -> (End, String) {
-    let helper = Path::new(env!("CARGO_BIN_EXE_mount-composefs"));
-    tracer::run(helper, arguments, &place.sandbox.path(""), TIME_LIMIT, decide)
+    let mut command = Command::new("/bin/sh");
+    command
+        .args(["-c", r#"kill -STOP $$; exec "$@""#, "sh", env!("CARGO_BIN_EXE_mount-composefs")])
+        .args(arguments)
+        .current_dir(place.sandbox.path(""));
+    tracer::run(command, TIME_LIMIT, decide)
 }
 
 impl Recorded {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{Read, Seek};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -89,29 +89,20 @@ enum AtExit {
 
 /// Runs a program until it and all its threads and children have ended; returns what it wrote to
 /// standard error.
+///
+/// A process that has itself traced from its start takes `unsafe`. So the command is to stop itself
+/// (SIGSTOP) first, and to execute the program when it goes on.
 #[allow(clippy::zombie_processes)] // The tracer waits for it, and for its threads.
 pub fn run(
-    program: &Path,
-    arguments: &[String],
-    directory: &Path,
+    mut command: Command,
     time_limit: Duration,
     decide: &mut dyn FnMut(&Call) -> Decision,
 ) -> (End, String) {
     let stderr = rustix::fs::memfd_create("stderr", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let mut stderr = File::from(stderr);
-    // A process that has itself traced from its start takes `unsafe`. This one waits for it.
-    let child = Command::new("/bin/sh")
-        .args(["-c", r#"kill -STOP $$; exec "$@""#, "sh"])
-        .arg(program)
-        .args(arguments)
-        .current_dir(directory)
-        // cargo's LD_LIBRARY_PATH makes the loader look in a hundred places.
-        .env_clear()
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(stderr.try_clone().unwrap())
-        .spawn()
-        .unwrap();
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr.try_clone().unwrap());
+    // cargo's LD_LIBRARY_PATH makes the loader look in a hundred places.
+    let child = command.env_clear().spawn().unwrap();
     let leader = Pid::from_raw(child.id() as i32);
     waitpid(leader, Some(WaitPidFlag::WUNTRACED)).unwrap();
     let options = Options::PTRACE_O_TRACESYSGOOD

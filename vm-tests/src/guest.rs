@@ -19,6 +19,7 @@ mod digest;
 mod faults;
 mod fixtures;
 mod init;
+mod injected;
 #[path = "../../tests/common/manifest.rs"]
 mod manifest;
 mod missing;
@@ -29,6 +30,9 @@ mod pinned;
 mod rungs;
 mod swap;
 mod system;
+#[path = "../../tests/faults/tracer.rs"]
+#[allow(dead_code)] // tests/faults.rs uses more of it.
+mod tracer;
 mod trees;
 mod verity;
 #[path = "../../tests/common/visible.rs"]
@@ -62,6 +66,7 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> + Clone {
         trees::SCENARIOS,
         rungs::SCENARIOS,
         verity::SCENARIOS,
+        injected::SCENARIOS,
         digest::SCENARIOS,
         pinned::SCENARIOS,
         objects::SCENARIOS,

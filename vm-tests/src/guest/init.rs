@@ -22,12 +22,20 @@ pub const CHANNEL: &str = "/dev/ttyS1";
 /// The token of the frame that a scenario's process hands to process 1: it need not be told apart.
 const IN_PROCESS: &str = "scenario";
 
+/// The argument with which it stops itself, and then executes the program that comes next: for who
+/// wants to trace that from its start.
+pub const STOP_AND_EXECUTE: &str = "--stop-and-execute";
+
 /// Runs as process 1, or as the process of one scenario.
 pub fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     match &arguments[1..] {
         [flag, name] if flag == "--scenario" => be_scenario(name),
         [flag] if flag == "--user-namespace" => be_user_namespace(),
+        [flag, program, arguments @ ..] if flag == STOP_AND_EXECUTE => {
+            nix::sys::signal::raise(nix::sys::signal::SIGSTOP).expect("a process may stop itself");
+            panic!("{program}: {}", Command::new(program).args(arguments).exec());
+        }
         _ if std::process::id() == 1 => be_init(),
         _ => eprintln!(
             "vm-init is the first process of a virtual machine; it does nothing elsewhere."
