@@ -131,7 +131,8 @@ const CALLS: &[SystemCall] = &[
     call(
         "fsconfig",
         libc::SYS_fsconfig,
-        &[EBADF, EINVAL, ENOENT, ENOTBLK, EOPNOTSUPP],
+        // EBUSY: a ramfs becomes read-only when the last copy of its writer is closed.
+        &[EBADF, EBUSY, EINVAL, ENOENT, ENOTBLK, EOPNOTSUPP],
         &[EFAULT, ENAMETOOLONG, ENOTDIR, E2BIG, EROFS, ESTALE, EUCLEAN],
     ),
     call(

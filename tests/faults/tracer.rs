@@ -159,7 +159,12 @@ impl Tracer {
         // Not those of other tests, in other threads of this process.
         let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
         while !self.threads.is_empty() {
-            let (thread, signal) = match waitpid(None, Some(flags)).unwrap() {
+            let status = match waitpid(None, Some(flags)) {
+                // A new thread can have ended before its maker's stop tells of it: nobody is left.
+                Err(Errno::ECHILD) => break,
+                status => status.unwrap(),
+            };
+            let (thread, signal) = match status {
                 WaitStatus::Exited(thread, status) => {
                     self.threads.remove(&thread);
                     if thread == self.leader {
