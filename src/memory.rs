@@ -238,6 +238,17 @@ mod tests {
         memory.seal(image).unwrap()
     }
 
+    /// Whether this is root; if not, the test may be skipped where that is allowed.
+    fn may_mount() -> bool {
+        let is_root = rustix::process::geteuid().is_root();
+        let skip = std::env::var_os("SEALMOUNT_SKIP_ROOT_TESTS");
+        assert!(
+            is_root || skip.is_some(),
+            "run this test as root, or set SEALMOUNT_SKIP_ROOT_TESTS",
+        );
+        is_root
+    }
+
     fn has_content(memory: &SealedMemory) {
         let mut content = [0; CONTENT.len() + 1];
         assert_eq!(pread(memory.file(), &mut content, 0), Ok(CONTENT.len()));
@@ -264,9 +275,7 @@ mod tests {
 
     #[test]
     fn nothing_changes_a_ramfs_that_is_read_only() {
-        if !rustix::process::geteuid().is_root() {
-            let skip = std::env::var_os("SEALMOUNT_SKIP_ROOT_TESTS");
-            assert!(skip.is_some(), "run this test as root, or set SEALMOUNT_SKIP_ROOT_TESTS");
+        if !may_mount() {
             return;
         }
         let memory = sealed(Memory::Ramfs);
@@ -285,9 +294,7 @@ mod tests {
     /// As a child has one between fork and exec.
     #[test]
     fn a_ramfs_is_sealed_when_the_last_copy_of_its_writer_is_closed() {
-        if !rustix::process::geteuid().is_root() {
-            let skip = std::env::var_os("SEALMOUNT_SKIP_ROOT_TESTS");
-            assert!(skip.is_some(), "run this test as root, or set SEALMOUNT_SKIP_ROOT_TESTS");
+        if !may_mount() {
             return;
         }
         let image = Path::new("/some/image.cfs");
