@@ -294,6 +294,8 @@ impl Fault {
     fn action(self, call: &Call, injected: &mut usize) -> Action {
         let is_this = |number, nth| (call.number, call.nth) == (number, nth);
         let action = match self {
+            // In another run than the recorded one, this place may be that of another operation.
+            Fault::Errno { .. } | Fault::ForEver { .. } if is_wake(call) => return Action::Proceed,
             Fault::Errno { number, nth, errno } if is_this(number, nth) => Action::Fail(errno),
             Fault::Short { number, nth, length } if is_this(number, nth) => Action::Shorten(length),
             Fault::Signal { ordinal, signal } if ordinal == call.ordinal => Action::Signal(signal),
@@ -312,6 +314,13 @@ impl Fault {
         *injected += 1;
         action
     }
+}
+
+/// FUTEX_WAKE has no error to return, and the C library does not look for one: a call that was not made
+/// leaves its waiter asleep for good, whatever the helper does.
+fn is_wake(call: &Call) -> bool {
+    let operation = (call.arguments[1] as i32) & libc::FUTEX_CMD_MASK;
+    call.number == libc::SYS_futex && operation == libc::FUTEX_WAKE
 }
 
 /// Whether a call makes a name where it could be left behind: by an absolute path. Of the others, the
