@@ -190,7 +190,6 @@ mod tests {
 
     use super::*;
     use crate::digest::compute_digest;
-    use crate::image::Header;
 
     const V1: &[u8] = include_bytes!("../tests/images/v1/image.cfs");
 
@@ -198,8 +197,7 @@ mod tests {
     fn image(content: &[u8], size: u64) -> Image {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(content).unwrap();
-        let header = Header::parse(V1).unwrap();
-        Image { file: file.into(), name: "/some/image.cfs".into(), size, header }
+        Image { file: file.into(), name: "/some/image.cfs".into(), size }
     }
 
     fn into_memfd(image: Image, expected: Option<Digest>) -> Result<SealedMemory, Error> {

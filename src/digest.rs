@@ -11,10 +11,14 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::str::FromStr;
 
+use rustix::fs::{AtFlags, FsWord, StatxAttributes, StatxFlags, fstatfs};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256, Sha512};
 
 use sealmount_sys::{fsverity, sha256, sha512};
+
+/// Of statfs(2).
+const FUSE_SUPER_MAGIC: FsWord = 0x6573_5546;
 
 /// The size of a block of the Merkle tree, in bytes.
 pub const BLOCK_SIZE: usize = 4096;
@@ -188,7 +192,8 @@ pub(crate) enum Measured {
 
 /// Asks the kernel for the fs-verity digest of an open file or directory.
 pub(crate) fn measure(file: impl AsFd) -> Result<Measured, Errno> {
-    match fsverity::measure(file) {
+    match fsverity::measure(&file) {
+        Ok(_) if !is_verified_by_kernel(&file)? => Ok(Measured::Unsupported),
         Ok(measurement) => Ok(match Digest::from_kernel(&measurement) {
             Some(digest) => Measured::Digest(digest),
             None => Measured::OtherAlgorithm(measurement.hash_algorithm()),
@@ -199,6 +204,17 @@ pub(crate) fn measure(file: impl AsFd) -> Result<Measured, Errno> {
         Err(Errno::NOTTY | Errno::OPNOTSUPP) => Ok(Measured::Unsupported),
         Err(errno) => Err(errno),
     }
+}
+
+/// Whether it is the kernel that verifies what is read of a file for which something has answered with
+/// a digest: FUSE hands the question on to its server, which may be anyone's program, and verifies
+/// nothing. It does not tell the attribute either, so far; other file systems that hand ioctls on may be
+/// to come.
+fn is_verified_by_kernel(file: impl AsFd) -> Result<bool, Errno> {
+    let file = file.as_fd();
+    let statx = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::empty())?;
+    Ok(statx.stx_attributes.contains(StatxAttributes::VERITY)
+        && fstatfs(file)?.f_type != FUSE_SUPER_MAGIC)
 }
 
 /// Computes the fs-verity digest of `data`: 4096-byte blocks, no salt.

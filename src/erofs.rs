@@ -9,10 +9,10 @@ use rustix::mount::MountAttrFlags;
 use crate::error::{Error, KernelError, Operation};
 use crate::fs_context::FsContext;
 use crate::image::{Header, Image};
-use crate::location::proc_fd_path;
 use crate::loop_device::LoopDevice;
 use crate::memory::{SealedMemory, memory_name};
 use crate::options::Memory;
+use crate::procfs::Procfs;
 use crate::step::{Rung, Step};
 
 /// What is mounted. Where a digest was asked for, it has been verified.
@@ -39,9 +39,9 @@ impl Source {
 /// Mounts the EROFS in `source`, detached.
 ///
 /// The ladder: the file by descriptor (7.3; before, EINVAL "Non-string source" for the option; on
-/// tmpfs, EINVAL "source is unsupported" for the superblock); by its path under /proc/self/fd
-/// (6.12; before, and on tmpfs, ENOTBLK; without /proc, ENOENT); a loop device. A memfd goes there
-/// at once.
+/// tmpfs, EINVAL "source is unsupported" for the superblock); by its name in a procfs (6.12; before,
+/// on tmpfs, and where CONFIG_EROFS_FS_BACKED_BY_FILE is off, ENOTBLK; without procfs in the kernel,
+/// ENODEV); a loop device. A memfd goes there at once.
 ///
 /// EINVAL for the superblock is also the answer to a damaged image. That one gets it again from the
 /// next rung, and is refused there.
@@ -49,35 +49,52 @@ pub(crate) fn mount(
     source: &Source,
     header: &Header,
     name: &Path,
+    procfs: Option<&Procfs>,
     steps: &mut dyn FnMut(Step),
 ) -> Result<OwnedFd, Error> {
+    if header.has_no_acl() {
+        steps(Step::WithoutAcls);
+    }
     let file = source.file();
+    let from = |set_source: &dyn Fn(&FsContext) -> Result<(), KernelError>| {
+        mount_from(header, name, set_source)
+    };
+    let mut refusal = None;
     if !source.is_memfd() {
-        match mount_from(header, |context| context.set_fd("source", file)) {
-            Err(error) if is_missing_descriptor(&error) => {
+        match from(&|context| context.set_fd("source", file, name)) {
+            Err(error) if is_missing(&error) => {
                 steps(Step::NotTaken { rung: Rung::SourceByDescriptor, error });
             }
             result => return taken(result, Rung::SourceByDescriptor, steps),
         }
-        let path = proc_fd_path(file);
-        match mount_from(header, |context| context.set_string("source", &path)) {
-            Err(error) if matches!(error.errno, Errno::NOTBLK | Errno::NOENT) => {
+        let by_path = procfs.ok_or_else(Procfs::missing).and_then(|procfs| {
+            procfs.with_name(file, |link| from(&|context| context.set_string("source", link)))
+        });
+        match by_path {
+            Err(error) if is_missing(&error) => {
+                refusal = Some(error.clone()).filter(|error| error.errno == Errno::INVAL);
                 steps(Step::NotTaken { rung: Rung::SourceByPath, error });
             }
             result => return taken(result, Rung::SourceByPath, steps),
         }
     }
-    let device = LoopDevice::attach(file, &memory_name(name))?;
+    let device = match (LoopDevice::attach(file, &memory_name(name)), refusal) {
+        // What is missing here was not the reason.
+        (Err(_), Some(refusal)) => return Err(refusal.into()),
+        (device, _) => device?,
+    };
     steps(Step::LoopDevice { device: device.path.clone() });
-    let result = mount_from(header, |context| context.set_string("source", &device.path));
-    taken(result, Rung::SourceByLoopDevice, steps)
+    let mount = from(&|context| context.set_string("source", &device.path))?;
+    device.check_is_source_of(&mount)?;
+    taken(Ok(mount), Rung::SourceByLoopDevice, steps)
 }
 
 fn mount_from(
     header: &Header,
-    set_source: impl FnOnce(&FsContext) -> Result<(), KernelError>,
+    name: &Path,
+    set_source: &dyn Fn(&FsContext) -> Result<(), KernelError>,
 ) -> Result<OwnedFd, KernelError> {
-    let context = FsContext::open("erofs")?;
+    let context = FsContext::open("erofs")?.of(name);
     set_source(&context)?;
     context.set_flag("ro")?;
     if header.has_no_acl() {
@@ -88,10 +105,16 @@ fn mount_from(
     context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY)
 }
 
-/// Whether an error may say that the kernel does not take this source by descriptor.
-fn is_missing_descriptor(error: &KernelError) -> bool {
-    let operations = [Operation::SetOption, Operation::CreateSuperblock];
-    error.errno == Errno::INVAL && operations.contains(&error.operation)
+/// Whether an error may say that the kernel does not take a source in this way.
+fn is_missing(error: &KernelError) -> bool {
+    match error.operation {
+        Operation::SetOption | Operation::CreateSuperblock => {
+            matches!(error.errno, Errno::INVAL | Errno::NOTBLK)
+        }
+        // No procfs in the kernel.
+        Operation::OpenFileSystem => error.errno == Errno::NODEV && error.is_on("proc"),
+        _ => false,
+    }
 }
 
 fn taken(

@@ -8,7 +8,7 @@ pub use rustix::io::Errno;
 use crate::compression::Compression;
 use crate::digest::{Algorithm, Digest};
 use crate::image::ImageError;
-use crate::options::OptionsError;
+use crate::options::{OptionsError, SelinuxContexts};
 
 /// Why an image could not be mounted. Nothing is left behind where one of these is returned.
 ///
@@ -100,6 +100,28 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// A directory is given twice: overlayfs takes it for one layer only.
+    #[error("{role} {} is also the {other_role} {}", path.display(), other_path.display())]
+    SameDirectory {
+        /// What the directory is for.
+        role: DirectoryRole,
+        /// Its path.
+        path: PathBuf,
+        /// What else it is for.
+        other_role: DirectoryRole,
+        /// The path that it was given by there.
+        other_path: PathBuf,
+    },
+
+    /// `upperdir=` and `workdir=` are not on one mount, which overlayfs wants them to be.
+    #[error("workdir {} is not on the same mount as upperdir {}", workdir.display(), upperdir.display())]
+    WorkOnOtherMount {
+        /// `upperdir=`
+        upperdir: PathBuf,
+        /// `workdir=`
+        workdir: PathBuf,
+    },
+
     /// A copy would take more memory than `size=` allows, or than can be had.
     #[error("{}: a copy takes {size} bytes of memory, and {limit} may be taken", image.display())]
     NotEnoughMemory {
@@ -125,19 +147,28 @@ pub enum Error {
         errno: Errno,
     },
 
+    /// What /dev has by a loop device's name is not the device that the kernel offered.
+    #[error("{}: not the loop device of this name, but something else", path.display())]
+    NotLoopDevice {
+        /// The name.
+        path: PathBuf,
+    },
+
     /// The kernel refused a system call.
     #[error(transparent)]
     Kernel(#[from] Box<KernelError>),
 }
 
 /// A system call that the kernel refused.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct KernelError {
     /// What was being done.
     pub operation: Operation,
-    /// The file, directory or option it was done to.
+    /// The file, directory or option it was done to; of a superblock or mount, the image.
     pub object: Option<PathBuf>,
+    /// The type of the file system that was being made.
+    pub file_system: Option<&'static str>,
     /// The kernel's answer.
     pub errno: Errno,
     /// What the kernel wrote into the log of the fs context, a line each.
@@ -151,7 +182,11 @@ impl fmt::Display for KernelError {
         if let Some(object) = &self.object {
             write!(f, "{}: ", object.display())?;
         }
-        write!(f, "cannot {}: {}", self.operation, errno_text(self.errno))?;
+        write!(f, "cannot {}", self.operation)?;
+        if let Some(file_system) = self.file_system {
+            write!(f, " of {file_system}")?;
+        }
+        write!(f, ": {}", errno_text(self.errno))?;
         if !self.log.is_empty() {
             write!(f, " (the kernel says: {})", self.log.join("; "))?;
         }
@@ -208,7 +243,20 @@ impl Error {
     /// What to do about it, where that is known: a sentence or two for a person.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
+            Error::Options(OptionsError::Unknown(name)) => match name.as_encoded_bytes() {
+                b"remount" => Some(
+                    "what is mounted stays as it is; `mount -o remount,bind,…` changes its ro, nosuid, \
+                     nodev, noexec and the like",
+                ),
+                name if name.contains(&b'"') => Some(
+                    "a comma in a value takes a backslash before it, and quotes do not replace it",
+                ),
+                _ => None,
+            },
             Error::Image { problem: ImageError::Compressed(_), .. } => Some("add the option copy"),
+            Error::Image { problem: ImageError::NotAFile("block device"), .. } => {
+                Some("give the image's file itself, without the option loop")
+            }
             Error::ImageNotVerity { .. } => Some(
                 "add the option copy: the digest is then computed while the image is copied into \
                  sealed memory, whatever file system it is on",
@@ -217,12 +265,14 @@ impl Error {
                 "this is not the image that was asked for: it was damaged, replaced, or the digest \
                  is that of another one",
             ),
-            Error::ObjectsNotVerity { reason: NotVerity::NotEnabled, .. } => {
-                Some("enable it on every object with `fsverity enable`, or mount with noverity")
-            }
+            Error::ObjectsNotVerity { reason: NotVerity::NotEnabled, .. } => Some(
+                "enable it on every object with `fsverity enable`; noverity takes back what verity \
+                     or digest= asks for",
+            ),
             Error::ObjectsNotVerity { .. } => Some(
                 "ext4 (made or tuned with -O verity) and btrfs support it, given a kernel with \
-                 CONFIG_FS_VERITY; noverity mounts without checking the objects",
+                 CONFIG_FS_VERITY; noverity takes back what verity or digest= asks for, and mounts \
+                 without checking the objects",
             ),
             Error::VerityUnsupported => {
                 Some("tryverity mounts anyway, with nothing enforced; so does noverity")
@@ -253,59 +303,87 @@ impl Error {
 /// What sealmount asks the kernel for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-#[allow(missing_docs)] // The texts say it.
 pub enum Operation {
+    /// open(2) of the image.
     #[error("open the image")]
     OpenImage,
+    /// pread(2) of the image.
     #[error("read the image")]
     ReadImage,
+    /// FS_IOC_MEASURE_VERITY on the image, an object directory or an object.
     #[error("ask for the fs-verity digest")]
     MeasureVerity,
+    /// open(2) and getdents(2) in an object directory.
     #[error("look for objects")]
     SampleObjects,
+    /// fstat(2) or statx(2) of a directory that becomes a layer.
+    #[error("look at the directory")]
+    LookAtDirectory,
+    /// sysinfo(2), where /proc/meminfo cannot be read.
     #[error("find out how much memory there is")]
     AskForMemory,
+    /// memfd_create(2), or open(2) of a file in a new ramfs.
     #[error("make a memory file for the copy")]
     CreateMemory,
+    /// pwrite(2) to the memory file.
     #[error("write to the copy")]
     WriteMemory,
-    #[error("read the copy")]
-    ReadMemory,
+    /// F_ADD_SEALS of fcntl(2), or making a ramfs read-only.
     #[error("seal the copy")]
     SealMemory,
+    /// open(2) of /dev/loop-control, and LOOP_CTL_GET_FREE.
     #[error("ask for a free loop device")]
     FindLoopDevice,
+    /// open(2) of /dev/loopN.
     #[error("open the loop device")]
     OpenLoopDevice,
+    /// LOOP_CONFIGURE of ioctl(2).
     #[error("attach the image to the loop device")]
     ConfigureLoopDevice,
+    /// fsopen(2) or fspick(2).
     #[error("open the file system type")]
     OpenFileSystem,
+    /// fsconfig(2) with one option.
     #[error("set the option")]
     SetOption,
+    /// FSCONFIG_CMD_CREATE of fsconfig(2).
     #[error("make the superblock")]
     CreateSuperblock,
+    /// fsmount(2).
     #[error("make the mount")]
     CreateMount,
+    /// open(2) of what `idmap=` names.
     #[error("open the user namespace")]
     OpenUserNamespace,
+    /// MOUNT_ATTR_IDMAP of mount_setattr(2).
     #[error("idmap the mount")]
     IdmapMount,
+    /// setns(2).
     #[error("enter the mount namespace")]
     EnterNamespace,
+    /// clone(2).
+    #[error("start a thread")]
+    StartThread,
+    /// fchdir(2) to a detached procfs, in a thread with a working directory of its own.
+    #[error("enter a procfs of its own")]
+    EnterProcfs,
+    /// unshare(2), and mount_setattr(2) to stop propagation.
     #[error("make a private mount namespace")]
     PrivateNamespace,
+    /// open_tree(2) and move_mount(2) of a layer, before Linux 6.15.
     #[error("attach the layer in a private mount namespace")]
     AttachLayer,
+    /// mknod(2) and the attributes of a layer of whiteouts, before Linux 6.5.
     #[error("make whiteouts that hide the object directories")]
     MakeWhiteouts,
+    /// move_mount(2) of the finished mount.
     #[error("attach the mount")]
     Attach,
 }
 
 impl KernelError {
     pub(crate) fn new(operation: Operation, errno: Errno) -> KernelError {
-        KernelError { operation, object: None, errno, log: Vec::new() }
+        KernelError { operation, object: None, file_system: None, errno, log: Vec::new() }
     }
 
     pub(crate) fn on(mut self, object: impl Into<PathBuf>) -> KernelError {
@@ -313,8 +391,17 @@ impl KernelError {
         self
     }
 
-    fn is_on(&self, object: &str) -> bool {
+    pub(crate) fn is_on(&self, object: &str) -> bool {
         self.object.as_deref().is_some_and(|path| path.as_os_str() == object)
+    }
+
+    fn is_selinux_context(&self) -> bool {
+        let option = self.object.as_deref().map(|option| option.as_os_str().as_encoded_bytes());
+        option.is_some_and(|option| {
+            SelinuxContexts::NAMES.iter().any(|name| {
+                option.strip_prefix(name.as_bytes()).is_some_and(|v| v.starts_with(b"="))
+            })
+        })
     }
 
     fn hint(&self) -> Option<&'static str> {
@@ -336,8 +423,29 @@ impl KernelError {
                 Some("there are no loop devices: load the module loop")
             }
             (operation, Errno::PERM | Errno::ACCESS) => operation.permission(),
+            (Operation::ReadImage, Errno::BADF) => Some("the descriptor must be one for reading"),
+            (Operation::WriteMemory, Errno::FBIG) => {
+                Some("the image is larger than files may be here: RLIMIT_FSIZE, `ulimit -f`")
+            }
+            (Operation::IdmapMount, Errno::INVAL) => Some(
+                "the user namespace must have its uid_map and gid_map written; EROFS can be idmapped \
+                 from Linux 5.19 on",
+            ),
+            (Operation::MakeWhiteouts, Errno::OPNOTSUPP) => Some(
+                "the root directory of the image has extended attributes that a tmpfs does not take \
+                 before Linux 6.6",
+            ),
+            (Operation::SetOption, Errno::INVAL) if self.is_selinux_context() => {
+                Some("it takes a kernel with SELinux enabled")
+            }
             (Operation::CreateSuperblock, _) if self.log.is_empty() => {
-                Some("dmesg may show more of what the kernel says")
+                Some(match self.file_system {
+                    Some("overlay") => {
+                        "dmesg may show more of what the kernel says; one layer must not lie within \
+                         another, and upperdir must be writable"
+                    }
+                    _ => "dmesg may show more of what the kernel says",
+                })
             }
             _ => None,
         }

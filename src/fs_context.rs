@@ -7,6 +7,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 use rustix::mount::{
@@ -23,12 +24,14 @@ pub(crate) const STRING_MAX: usize = 255;
 pub(crate) struct FsContext {
     fd: OwnedFd,
     fs_type: &'static str,
+    /// The image that it is for, if it is for one.
+    image: Option<PathBuf>,
 }
 
 impl FsContext {
     pub fn open(fs_type: &'static str) -> Result<FsContext, KernelError> {
         match fsopen(fs_type, FsOpenFlags::FSOPEN_CLOEXEC) {
-            Ok(fd) => Ok(FsContext { fd, fs_type }),
+            Ok(fd) => Ok(FsContext { fd, fs_type, image: None }),
             Err(errno) => Err(KernelError::new(Operation::OpenFileSystem, errno).on(fs_type)),
         }
     }
@@ -37,9 +40,14 @@ impl FsContext {
     pub fn pick(fs_type: &'static str, mount: impl AsFd) -> Result<FsContext, KernelError> {
         let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
         match fspick(mount, "", flags) {
-            Ok(fd) => Ok(FsContext { fd, fs_type }),
+            Ok(fd) => Ok(FsContext { fd, fs_type, image: None }),
             Err(errno) => Err(KernelError::new(Operation::OpenFileSystem, errno).on(fs_type)),
         }
+    }
+
+    /// The same, and what fails from here on is said to fail for this image.
+    pub fn of(self, image: &Path) -> FsContext {
+        FsContext { image: Some(image.to_owned()), ..self }
     }
 
     pub fn set_flag(&self, key: &str) -> Result<(), KernelError> {
@@ -52,9 +60,10 @@ impl FsContext {
             .map_err(|errno| self.option_error(errno, option_text(key, value)))
     }
 
-    pub fn set_fd(&self, key: &str, fd: impl AsFd) -> Result<(), KernelError> {
+    /// `name` is what messages call the descriptor.
+    pub fn set_fd(&self, key: &str, fd: impl AsFd, name: &Path) -> Result<(), KernelError> {
         fsconfig_set_fd(&self.fd, key, fd)
-            .map_err(|errno| self.option_error(errno, option_text(key, "a descriptor".as_ref())))
+            .map_err(|errno| self.option_error(errno, option_text(key, name.as_os_str())))
     }
 
     /// `FSCONFIG_CMD_CREATE`: makes the superblock. A context that failed here is of no more use.
@@ -80,8 +89,12 @@ impl FsContext {
     }
 
     fn error(&self, operation: Operation, errno: Errno) -> KernelError {
-        let error = KernelError::new(operation, errno).on(self.fs_type);
-        KernelError { log: self.read_log(), ..error }
+        KernelError {
+            object: self.image.clone(),
+            file_system: Some(self.fs_type),
+            log: self.read_log(),
+            ..KernelError::new(operation, errno)
+        }
     }
 
     /// The messages in the context's log, each without the letter of its severity. Reading takes

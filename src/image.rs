@@ -3,11 +3,12 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat, stat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 
 use crate::compression::Compression;
 use crate::error::{Error, KernelError, Operation};
 use crate::location::Location;
+use crate::procfs::Procfs;
 
 /// The bytes at the start of an image that [`Header::parse`] looks at.
 const HEADER_SIZE: usize = 2048;
@@ -148,7 +149,6 @@ pub(crate) struct Image {
     pub name: PathBuf,
     /// Its size when it was opened, in bytes: a whole number of blocks.
     pub size: u64,
-    pub header: Header,
 }
 
 /// An open file that begins as a compressed one does. What is in it is not known.
@@ -163,12 +163,14 @@ pub(crate) struct CompressedImage {
 
 /// What [`open`] found.
 pub(crate) enum Opened {
-    Plain(Image),
+    /// With the header as it was read then.
+    Plain(Image, Header),
     Compressed(CompressedImage),
 }
 
-/// Opens an image.
-pub(crate) fn open(location: &Location) -> Result<Opened, Error> {
+/// Opens an image. By path, what is no regular file is not opened at all, which for a FIFO or a device
+/// could wait, or do things; without `procfs`, unless somebody puts it there at the very moment.
+pub(crate) fn open(location: &Location, procfs: Option<&Procfs>) -> Result<Opened, Error> {
     let name = location.name();
     let failed =
         |operation, errno| Error::from(KernelError::new(operation, errno).on(name.clone()));
@@ -176,11 +178,16 @@ pub(crate) fn open(location: &Location) -> Result<Opened, Error> {
 
     let file = match location {
         Location::Path(path) => {
-            // Opening a FIFO or a device can wait, or do things.
-            let stat = stat(path).map_err(|errno| failed(Operation::OpenImage, errno))?;
+            let flags = OFlags::PATH | OFlags::CLOEXEC;
+            let found = openat(CWD, path, flags, Mode::empty())
+                .map_err(|errno| failed(Operation::OpenImage, errno))?;
+            let stat = fstat(&found).map_err(|errno| failed(Operation::OpenImage, errno))?;
             require_regular(stat.st_mode).map_err(wrong)?;
             let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
-            openat(CWD, path, flags, Mode::empty())
+            match procfs {
+                Some(procfs) => procfs.reopen(&found, flags),
+                None => openat(CWD, path, flags, Mode::empty()),
+            }
         }
         Location::Fd(fd) => rustix::io::fcntl_dupfd_cloexec(fd, 0),
     }
@@ -189,9 +196,8 @@ pub(crate) fn open(location: &Location) -> Result<Opened, Error> {
     require_regular(stat.st_mode).map_err(wrong)?;
 
     let mut start = [0; HEADER_SIZE];
-    let length =
-        read_at(&file, &mut start, 0).map_err(|errno| failed(Operation::ReadImage, errno))?;
-    let start = &start[..length];
+    let start =
+        read_start(&file, &mut start).map_err(|errno| failed(Operation::ReadImage, errno))?;
     // Not negative for a regular file.
     let size = stat.st_size as u64;
     if let Some(format) = Compression::of(start) {
@@ -199,7 +205,29 @@ pub(crate) fn open(location: &Location) -> Result<Opened, Error> {
     }
     let header = Header::parse(start).map_err(wrong)?;
     header.check_size(size).map_err(wrong)?;
-    Ok(Opened::Plain(Image { file, name, size, header }))
+    Ok(Opened::Plain(Image { file, name, size }, header))
+}
+
+impl Image {
+    /// What the header says in `file`, which is the image or a copy of it: read again once that cannot
+    /// change any more. What was read when the image was opened, nobody has vouched for.
+    pub fn header_in(&self, file: &OwnedFd) -> Result<Header, Error> {
+        let wrong = |problem| Error::Image { image: self.name.clone(), problem };
+        let mut start = [0; HEADER_SIZE];
+        let start = read_start(file, &mut start)
+            .map_err(|errno| KernelError::new(Operation::ReadImage, errno).on(&self.name))?;
+        let header = Header::parse(start).map_err(wrong)?;
+        header.check_size(self.size).map_err(wrong)?;
+        Ok(header)
+    }
+}
+
+fn read_start<'a>(
+    file: &OwnedFd,
+    start: &'a mut [u8; HEADER_SIZE],
+) -> Result<&'a [u8], rustix::io::Errno> {
+    let length = read_at(file, start, 0)?;
+    Ok(&start[..length])
 }
 
 fn require_regular(mode: rustix::fs::RawMode) -> Result<(), ImageError> {

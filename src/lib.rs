@@ -58,7 +58,9 @@ mod named_layers;
 mod objects;
 mod options;
 mod overlay;
+mod procfs;
 mod step;
+mod thread;
 
 pub use compression::Compression;
 pub use digest::{Algorithm, Digest, ParseDigestError, compute_digest};
@@ -67,7 +69,7 @@ pub use image::ImageError;
 pub use location::Location;
 pub use mount::{DetachedMount, enter_mount_namespace, open_mount_point};
 pub use options::{
-    Atime, Memory, MountAttributes, MountOptions, OptionsError, SizeLimit, Sloppy, SuperblockFlags,
-    UpperLayer, Verity,
+    Atime, Memory, MountAttributes, MountOptions, OptionsError, SelinuxContexts, SizeLimit, Sloppy,
+    SuperblockFlags, UpperLayer, Verity,
 };
 pub use step::{ObjectVerity, Rung, Step, VerifiedBy};

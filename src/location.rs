@@ -1,6 +1,6 @@
 //! A file or directory, given by path or by descriptor.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -102,6 +102,18 @@ impl From<&PathBuf> for Location {
 impl From<&Path> for Location {
     fn from(path: &Path) -> Location {
         Location::Path(path.to_owned())
+    }
+}
+
+impl From<OsString> for Location {
+    fn from(path: OsString) -> Location {
+        Location::Path(path.into())
+    }
+}
+
+impl From<&Location> for Location {
+    fn from(location: &Location) -> Location {
+        location.clone()
     }
 }
 

@@ -4,11 +4,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, major, openat};
 use rustix::io::Errno;
 
 use crate::error::{Error, KernelError, Operation};
 use crate::image::BLOCK_SIZE;
+
+/// The major number of loop devices, among block devices.
+const LOOP_MAJOR: u32 = 7;
 
 /// How often a device is tried before giving up. Waits included, about four seconds.
 const ATTEMPTS: u32 = 1000;
@@ -19,7 +22,7 @@ const LONGEST_WAIT: Duration = Duration::from_millis(8);
 #[derive(Debug)]
 pub(crate) struct LoopDevice {
     /// Keeps the device until it is mounted.
-    _device: OwnedFd,
+    device: OwnedFd,
     pub path: PathBuf,
 }
 
@@ -28,7 +31,7 @@ impl LoopDevice {
     pub fn attach(file: impl AsFd, name: &[u8]) -> Result<LoopDevice, Error> {
         let control = Path::new("/dev/loop-control");
         let control_error = |errno| KernelError::new(Operation::FindLoopDevice, errno).on(control);
-        let flags = OFlags::RDWR | OFlags::CLOEXEC;
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let control = openat(CWD, control, flags, Mode::empty()).map_err(control_error)?;
 
         let mut attempts = 0;
@@ -45,7 +48,8 @@ impl LoopDevice {
             };
             let path = PathBuf::from(format!("/dev/loop{number}"));
             let error = match try_attach(&path, &file, name) {
-                Ok(device) => return Ok(LoopDevice { _device: device, path }),
+                Ok(Some(device)) => return Ok(LoopDevice { device, path }),
+                Ok(None) => return Err(Error::NotLoopDevice { path }),
                 Err(error) => error,
             };
             attempts += 1;
@@ -69,12 +73,31 @@ impl LoopDevice {
     }
 }
 
-fn try_attach(path: &Path, file: impl AsFd, name: &[u8]) -> Result<OwnedFd, KernelError> {
-    let device = openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|errno| KernelError::new(Operation::OpenLoopDevice, errno))?;
+impl LoopDevice {
+    /// That a file system, of which `root` is the root, was made of this device. The kernel has looked
+    /// the device's path up once more; in a mount namespace that is somebody else's, or where /dev is,
+    /// that may have led to another device.
+    pub fn check_is_source_of(&self, root: impl AsFd) -> Result<(), Error> {
+        let device = |errno| KernelError::new(Operation::OpenLoopDevice, errno).on(&self.path);
+        let is_same =
+            fstat(root).map_err(device)?.st_dev == fstat(&self.device).map_err(device)?.st_rdev;
+        if is_same { Ok(()) } else { Err(Error::NotLoopDevice { path: self.path.clone() }) }
+    }
+}
+
+/// `None`: what has the device's name is none.
+fn try_attach(path: &Path, file: impl AsFd, name: &[u8]) -> Result<Option<OwnedFd>, KernelError> {
+    let failed = |errno| KernelError::new(Operation::OpenLoopDevice, errno);
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let device = openat(CWD, path, flags, Mode::empty()).map_err(failed)?;
+    let stat = fstat(&device).map_err(failed)?;
+    let is_block_device = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
+    if !is_block_device || major(stat.st_rdev) != LOOP_MAJOR {
+        return Ok(None);
+    }
     sealmount_sys::loop_device::configure(&device, file, BLOCK_SIZE, name)
         .map_err(|errno| KernelError::new(Operation::ConfigureLoopDevice, errno))?;
-    Ok(device)
+    Ok(Some(device))
 }
 
 /// Waits longer with every attempt, and not as long as the others that try the same at this moment.

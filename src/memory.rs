@@ -9,7 +9,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, memfd_create, openat};
+use rustix::fs::{
+    CWD, MemfdFlags, Mode, OFlags, PROC_SUPER_MAGIC, SealFlags, fcntl_add_seals, fstatfs,
+    memfd_create, openat,
+};
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
@@ -56,7 +59,8 @@ impl SealedMemory {
 /// What the memory and the loop device of an image are called: `sealmount:` and the path, of which
 /// losetup(8) shows as much as there is room for.
 pub(crate) fn memory_name(image: &Path) -> Vec<u8> {
-    [b"sealmount:", image.as_os_str().as_bytes()].concat()
+    let path = std::path::absolute(image).unwrap_or_else(|_| image.to_owned());
+    [b"sealmount:", path.as_os_str().as_bytes()].concat()
 }
 
 impl UnsealedMemory {
@@ -73,6 +77,7 @@ impl UnsealedMemory {
         limit: Option<SizeLimit>,
     ) -> Result<UnsealedMemory, Error> {
         check_limit(image, size, limit)?;
+        check_file_size_limit(image, size)?;
         match kind {
             Memory::Memfd => UnsealedMemory::memfd(image),
             Memory::Ramfs => UnsealedMemory::ramfs(image),
@@ -187,6 +192,17 @@ pub(crate) fn check_limit(image: &Path, size: u64, limit: Option<SizeLimit>) -> 
     Ok(())
 }
 
+/// A write beyond RLIMIT_FSIZE is not only refused with EFBIG: the kernel also sends SIGXFSZ, which ends
+/// a process that does not expect it.
+fn check_file_size_limit(image: &Path, size: u64) -> Result<(), KernelError> {
+    match sealmount_sys::file_size_limit() {
+        Ok(Some(limit)) if size > limit => {
+            Err(KernelError::new(Operation::WriteMemory, Errno::FBIG).on(image))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The memory that a copy may take: what was asked for, or half of what there is, as tmpfs has it;
 /// and no more than can be had without swapping.
 ///
@@ -209,7 +225,13 @@ fn limit_in_bytes(limit: Option<SizeLimit>) -> Result<u64, Errno> {
 ///
 /// [proc_meminfo(5)]: https://man7.org/linux/man-pages/man5/proc_meminfo.5.html
 fn meminfo() -> Option<(u64, u64)> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    // In somebody else's mount namespace it may be anything, which is not to be waited for.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = openat(CWD, "/proc/meminfo", flags, Mode::empty()).ok()?;
+    if fstatfs(&file).ok()?.f_type != PROC_SUPER_MAGIC {
+        return None;
+    }
+    let meminfo = std::io::read_to_string(std::fs::File::from(file)).ok()?;
     let bytes = |field: &str| -> Option<u64> {
         let value = meminfo.lines().find_map(|line| line.strip_prefix(field))?;
         let kibibytes: u64 = value.trim().strip_suffix(" kB")?.parse().ok()?;

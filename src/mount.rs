@@ -15,9 +15,11 @@ use crate::erofs::{self, Source};
 use crate::error::{DirectoryRole, Error, KernelError, NotVerity, Operation};
 use crate::image::{self, CompressedImage, Header, Image, ImageError, Opened};
 use crate::location::Location;
+use crate::memory::SealedMemory;
 use crate::objects;
-use crate::options::{Memory, MountOptions, OptionsError, Verity};
-use crate::overlay::{Layer, Overlay, Upper};
+use crate::options::{MountOptions, Verity};
+use crate::overlay::{Layer, Overlay, Upper, check_layers};
+use crate::procfs::Procfs;
 use crate::step::{ObjectVerity, Progress, Step, VerifiedBy};
 
 /// What is mounted: opened, checked and, where a digest was asked for, verified.
@@ -27,6 +29,7 @@ pub(crate) struct Prepared<'a> {
     objects: Vec<Layer<'a>>,
     upper: Option<Upper<'a>>,
     user_namespace: Option<OwnedFd>,
+    procfs: Option<Procfs>,
     verity: Verity,
     /// With `tryverity`, why nothing of it is enforced.
     unsupported: Option<NotVerity>,
@@ -36,22 +39,39 @@ impl MountOptions {
     /// Mounts an image with these options, without attaching it anywhere.
     ///
     /// Takes `CAP_SYS_ADMIN` in the initial user namespace. Everything that can be checked is
-    /// checked before the kernel is asked for a mount. See [`Error`] for what can go wrong; nothing
-    /// is left behind then, nor where the process is killed half-way.
+    /// checked before the kernel is asked for a mount.
+    ///
+    /// # Errors
+    ///
+    /// Every [`Error`] but [`Error::Directory`] for a mount point. Nothing is left behind then, nor
+    /// where the process is killed half-way.
     pub fn mount(&self, image: impl Into<Location>) -> Result<DetachedMount, Error> {
         self.mount_with(image, &mut |_| {})
     }
 
     /// As [`mount`](Self::mount), and tells `steps` what was done.
+    ///
+    /// # Errors
+    ///
+    /// As [`mount`](Self::mount).
     pub fn mount_with(
         &self,
         image: impl Into<Location>,
         steps: &mut dyn FnMut(Step),
     ) -> Result<DetachedMount, Error> {
         let location = image.into();
-        let Prepared { source, header, objects, upper, user_namespace, verity, unsupported } =
-            self.prepare(&location, steps)?;
-        let image = erofs::mount(&source, &header, &location.name(), steps)?;
+        let Prepared {
+            source,
+            header,
+            objects,
+            upper,
+            user_namespace,
+            procfs,
+            verity,
+            unsupported,
+        } = self.prepare(&location, steps)?;
+        let name = location.name();
+        let image = erofs::mount(&source, &header, &name, procfs.as_ref(), steps)?;
         // The mount holds what it needs of it.
         drop(source);
         if let (Some(user_namespace), Some(idmap)) = (user_namespace, &self.idmap) {
@@ -61,8 +81,8 @@ impl MountOptions {
         }
 
         let source = self.source_name(&location);
-        let overlay = Overlay { image, objects, upper, options: self, source };
-        let (fd, enforced) = overlay.mount(verity, steps)?;
+        let overlay = Overlay { image, objects, upper, options: self, source, name };
+        let (fd, enforced) = overlay.mount(verity, procfs.as_ref(), steps)?;
         let verity = match (unsupported, self.verity) {
             (Some(reason), _) => ObjectVerity::UnsupportedByObjects(reason),
             (None, Some(Verity::Off)) => ObjectVerity::Noverity,
@@ -78,22 +98,25 @@ impl MountOptions {
         location: &Location,
         steps: &mut dyn FnMut(Step),
     ) -> Result<Prepared<'_>, Error> {
-        let image = image::open(location)?;
+        self.check()?;
+        let procfs = Procfs::open()?;
+        let image = image::open(location, procfs.as_ref())?;
         let objects = self.open_objects()?;
         let upper = self.upper.as_ref().map(Upper::open).transpose()?;
+        check_layers(&objects, upper.as_ref())?;
         let user_namespace = self.idmap.as_ref().map(open_user_namespace).transpose()?;
         let (verity, unsupported) = self.check_objects(&objects)?;
         let (source, header) = match image {
-            Opened::Plain(image) => self.verified_source(image, steps)?,
+            Opened::Plain(image, header) => {
+                steps(image_opened(&image.name, &header, None));
+                self.verified_source(image, steps)?
+            }
             Opened::Compressed(image) => self.decompressed_source(image, steps)?,
         };
-        Ok(Prepared { source, header, objects, upper, user_namespace, verity, unsupported })
+        Ok(Prepared { source, header, objects, upper, user_namespace, procfs, verity, unsupported })
     }
 
     fn open_objects(&self) -> Result<Vec<Layer<'_>>, Error> {
-        if self.basedirs.is_empty() {
-            return Err(OptionsError::NoBasedir.into());
-        }
         self.basedirs.iter().map(|basedir| Layer::open(basedir, DirectoryRole::Objects)).collect()
     }
 
@@ -128,28 +151,34 @@ impl MountOptions {
         image: Image,
         steps: &mut dyn FnMut(Step),
     ) -> Result<(Source, Header), Error> {
-        let header = image.header;
-        steps(image_opened(&image.name, &header, None));
-        let mut unverified = self.digest;
+        let mut verified_by = None;
         if let Some(digest) = self.digest {
-            match (check_measurement(&image, digest), self.copy) {
-                (Ok(()), _) => {
-                    unverified = None;
-                    steps(Step::DigestVerified { digest, by: VerifiedBy::Kernel });
-                }
+            verified_by = match (check_measurement(&image, digest), self.copy) {
+                (Ok(()), _) => Some(VerifiedBy::Kernel),
                 // The copy's digest decides.
-                (Err(_), Some(_)) => {}
+                (Err(_), Some(_)) => Some(VerifiedBy::Copy),
                 (Err(error), None) => return Err(error),
-            }
+            };
         }
-        match self.copy {
-            None => Ok((Source::File(image), header)),
+        let copy = match self.copy {
+            None => None,
             Some(memory) => {
+                // What the kernel verifies when it is read need not be hashed.
+                let unverified = self.digest.filter(|_| verified_by == Some(VerifiedBy::Copy));
                 let progress = Progress::new(image.size, steps);
-                let copy = copy::into_memory(&image, memory, self.size, unverified, progress)?;
-                copied(&header, memory, unverified, steps);
+                Some(copy::into_memory(&image, memory, self.size, unverified, progress)?)
+            }
+        };
+        let header = image.header_in(copy.as_ref().map_or(&image.file, SealedMemory::file))?;
+        if let (Some(digest), Some(by)) = (self.digest, verified_by) {
+            steps(Step::DigestVerified { digest, by });
+        }
+        match (copy, self.copy) {
+            (Some(copy), Some(memory)) => {
+                steps(Step::Copied { size: header.size(), memory });
                 Ok((Source::Memory(copy), header))
             }
+            _ => Ok((Source::File(image), header)),
         }
     }
 
@@ -166,16 +195,21 @@ impl MountOptions {
         let (copy, header) =
             decompress::into_memory(&image, memory, self.size, self.digest, steps)?;
         steps(image_opened(&image.name, &header, Some(image.format)));
-        copied(&header, memory, self.digest, steps);
+        if let Some(digest) = self.digest {
+            steps(Step::DigestVerified { digest, by: VerifiedBy::Copy });
+        }
+        steps(Step::Copied { size: header.size(), memory });
         Ok((Source::Memory(copy), header))
     }
 
     fn source_name(&self, image: &Location) -> OsString {
         match (&self.source, image) {
             (Some(source), _) => source.clone(),
-            (None, Location::Path(path)) => {
-                std::path::absolute(path).unwrap_or_else(|_| path.clone()).into_os_string()
-            }
+            // As mount(8) hands it on, and compares it: without symbolic links.
+            (None, Location::Path(path)) => std::fs::canonicalize(path)
+                .or_else(|_| std::path::absolute(path))
+                .unwrap_or_else(|_| path.clone())
+                .into_os_string(),
             (None, Location::Fd(_)) => "composefs".into(),
         }
     }
@@ -187,16 +221,7 @@ fn image_opened(image: &Path, header: &Header, compression: Option<Compression>)
         size: header.size(),
         compression,
         composefs_version: header.composefs_version,
-        no_acl: header.has_no_acl(),
     }
-}
-
-/// `verified` is the digest that copying found.
-fn copied(header: &Header, memory: Memory, verified: Option<Digest>, steps: &mut dyn FnMut(Step)) {
-    if let Some(digest) = verified {
-        steps(Step::DigestVerified { digest, by: VerifiedBy::Copy });
-    }
-    steps(Step::Copied { size: header.size(), memory });
 }
 
 /// Whether the kernel's fs-verity vouches for the image.
@@ -242,7 +267,10 @@ pub struct DetachedMount {
 }
 
 impl DetachedMount {
-    /// Attaches the mount to a directory, on top of what is mounted there.
+    /// Attaches the mount to a directory with
+    /// [move_mount(2)](https://man7.org/linux/man-pages/man2/move_mount.2.html), on top of what is
+    /// mounted there. To find out before the work is done that the directory is missing, open it first
+    /// ([`open_mount_point`]).
     ///
     /// # Errors
     ///
@@ -269,6 +297,12 @@ impl DetachedMount {
     }
 }
 
+impl From<DetachedMount> for OwnedFd {
+    fn from(mount: DetachedMount) -> OwnedFd {
+        mount.into_fd()
+    }
+}
+
 impl AsFd for DetachedMount {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
@@ -281,18 +315,20 @@ impl AsFd for DetachedMount {
 /// # Errors
 ///
 /// [`Error::Directory`]
-pub fn open_mount_point(mount_point: &Location) -> Result<OwnedFd, Error> {
-    mount_point.open_directory(DirectoryRole::MountPoint)
+pub fn open_mount_point(mount_point: impl Into<Location>) -> Result<OwnedFd, Error> {
+    mount_point.into().open_directory(DirectoryRole::MountPoint)
 }
 
-/// Enters a mount namespace (/proc/PID/ns/mnt): the paths of a mount are then those of the
-/// namespace, and it is attached there. Root and working directory become the namespace's root.
+/// Enters a mount namespace (/proc/PID/ns/mnt) with
+/// [setns(2)](https://man7.org/linux/man-pages/man2/setns.2.html): the paths of a mount are then those of
+/// the namespace, and it is attached there. Root and working directory become the namespace's root.
 ///
 /// # Errors
 ///
 /// [`Error::Kernel`]; `EINVAL` where the process has several threads, or this is no mount namespace.
-pub fn enter_mount_namespace(namespace: &Path) -> Result<(), Error> {
-    openat(CWD, namespace, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+pub fn enter_mount_namespace(namespace: impl AsRef<Path>) -> Result<(), Error> {
+    let namespace = namespace.as_ref();
+    openat(CWD, namespace, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())
         .and_then(sealmount_sys::enter_mount_namespace)
         .map_err(|errno| KernelError::new(Operation::EnterNamespace, errno).on(namespace).into())
 }

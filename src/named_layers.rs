@@ -23,31 +23,41 @@ use crate::error::{KernelError, Operation};
 use crate::fs_context::{FsContext, STRING_MAX};
 use crate::location::is_same_file;
 use crate::overlay::{Layer, Overlay};
+use crate::procfs::Procfs;
 use crate::step::Rung;
+use crate::thread::in_thread;
 
 const IMAGE: &str = "image";
 const WHITEOUTS: &str = "whiteouts";
 
-/// Several times what is needed. The default is what the variable RUST_MIN_STACK says, and a caller's
-/// environment is not to decide whether a mount succeeds.
-const STACK_SIZE: usize = 256 * 1024;
-
 /// Runs `work` in a thread with a mount namespace of its own.
+///
+/// `work` is told whether the paths of the caller still lead where they did. They do not where the
+/// caller's root is a directory that nothing is mounted on (a chroot): the thread has then gone to the
+/// root of the namespace, because propagation is a matter of mounts and their roots.
 pub(crate) fn in_private_namespace<T: Send>(
-    work: impl FnOnce() -> Result<T, KernelError> + Send,
+    procfs: Option<&Procfs>,
+    work: impl FnOnce(bool) -> Result<T, KernelError> + Send,
 ) -> Result<T, KernelError> {
     let failed = |errno| KernelError::new(Operation::PrivateNamespace, errno);
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
-            .stack_size(STACK_SIZE)
-            .spawn_scoped(scope, || {
-                sealmount_sys::unshare_mount_namespace().map_err(failed)?;
-                // Or what is attached would propagate to where the namespace was copied from.
-                sealmount_sys::mount_setattr_private().map_err(failed)?;
-                work()
-            })
-            .map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN)))?;
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    in_thread(|| {
+        sealmount_sys::unshare_mount_namespace().map_err(failed)?;
+        // Or what is attached would propagate to where the namespace was copied from.
+        match sealmount_sys::mount_setattr_private() {
+            Err(Errno::INVAL) => {
+                let procfs = procfs.ok_or_else(Procfs::missing)?;
+                procfs
+                    .open_mount_namespace()
+                    .and_then(sealmount_sys::enter_mount_namespace)
+                    .and_then(|()| sealmount_sys::mount_setattr_private())
+                    .map_err(failed)?;
+                work(false)
+            }
+            result => {
+                result.map_err(failed)?;
+                work(true)
+            }
+        }
     })
 }
 
@@ -86,8 +96,9 @@ impl Names {
     }
 
     /// The same, or the directory.
-    fn name(&self, special: &[u8]) -> &Path {
-        self.path_without(special).unwrap_or(Path::new(&self.directory))
+    fn name(&self, special: &[u8], use_paths: bool) -> &Path {
+        let path = self.path_without(special).filter(|_| use_paths);
+        path.unwrap_or(Path::new(&self.directory))
     }
 }
 
@@ -145,25 +156,26 @@ impl<'a> NamedLayers<'a> {
         Ok(())
     }
 
-    pub fn set(&self, context: &FsContext, rung: Rung) -> Result<(), KernelError> {
+    /// Sets the options of a rung; with real paths where they lead to the layers.
+    pub fn set(&self, context: &FsContext, rung: Rung, use_paths: bool) -> Result<(), KernelError> {
         if rung == Rung::LayersByPath {
             context.set_string("lowerdir+", IMAGE)?;
             for names in &self.objects {
-                context.set_string("datadir+", names.name(b""))?;
+                context.set_string("datadir+", names.name(b"", use_paths))?;
             }
         } else {
-            context.set_string("lowerdir", self.lowerdir(rung))?;
+            context.set_string("lowerdir", self.lowerdir(rung, use_paths))?;
         }
         if let Some([upperdir, workdir]) = &self.upper {
             // overlayfs unescapes these, and the comma belongs to mount(2)'s parser.
-            context.set_string("upperdir", upperdir.name(b"\\,"))?;
-            context.set_string("workdir", workdir.name(b"\\,"))?;
+            context.set_string("upperdir", upperdir.name(b"\\,", use_paths))?;
+            context.set_string("workdir", workdir.name(b"\\,", use_paths))?;
         }
         Ok(())
     }
 
     /// All lower layers in one string: with paths if it is not too long then.
-    fn lowerdir(&self, rung: Rung) -> OsString {
+    fn lowerdir(&self, rung: Rung, use_paths: bool) -> OsString {
         let separator = if rung == Rung::LayersInOneString { "::" } else { ":" };
         let join = |name: &dyn Fn(&Names) -> PathBuf| {
             let mut lowerdir = OsString::new();
@@ -178,7 +190,7 @@ impl<'a> NamedLayers<'a> {
             }
             lowerdir
         };
-        let with_paths = join(&|names| names.name(b"\\:,").to_owned());
+        let with_paths = join(&|names| names.name(b"\\:,", use_paths).to_owned());
         match with_paths.len() <= STRING_MAX {
             true => with_paths,
             false => join(&|names| PathBuf::from(&names.directory)),

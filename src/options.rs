@@ -55,17 +55,12 @@ pub struct MountOptions {
     pub atime: Atime,
     /// `sync`, `dirsync`, `lazytime`, `mand`.
     pub superblock_flags: SuperblockFlags,
-    /// `context=`, `fscontext=`, `defcontext=`, `rootcontext=`, in this order: handed to overlayfs,
-    /// and refused by a kernel without SELinux.
-    pub selinux_contexts: [Option<OsString>; 4],
-    /// What findmnt(8) shows as the source of the mount. `None`: the path of the image; `composefs`
-    /// where it has none. Not part of the text: mount(8) gives the source as an operand.
+    /// `context=`, `fscontext=`, `defcontext=`, `rootcontext=`.
+    pub selinux_contexts: SelinuxContexts,
+    /// What findmnt(8) shows as the source of the mount. `None`: the path of the image, without
+    /// symbolic links; `composefs` where it was given by descriptor. Not part of the text: mount(8) gives the source as an operand.
     pub source: Option<OsString>,
 }
-
-/// The names of [`MountOptions::selinux_contexts`].
-pub(crate) const SELINUX_CONTEXTS: [&str; 4] =
-    ["context", "fscontext", "defcontext", "rootcontext"];
 
 impl MountOptions {
     /// The default options, with one object directory.
@@ -86,7 +81,7 @@ impl MountOptions {
             attributes: MountAttributes::empty(),
             atime: Atime::default(),
             superblock_flags: SuperblockFlags::empty(),
-            selinux_contexts: [const { None }; 4],
+            selinux_contexts: SelinuxContexts::default(),
             source: None,
         }
     }
@@ -99,6 +94,17 @@ impl MountOptions {
             (Some(Verity::Try), None) => Verity::Try,
             (Some(Verity::Require), _) | (_, Some(_)) => Verity::Require,
         }
+    }
+
+    /// What makes these options none that can be mounted with, as far as they alone tell.
+    pub(crate) fn check(&self) -> Result<(), OptionsError> {
+        if self.basedirs.is_empty() {
+            return Err(OptionsError::NoBasedir);
+        }
+        if self.size.is_some() && self.copy.is_none() {
+            return Err(OptionsError::SizeWithoutCopy);
+        }
+        Ok(())
     }
 
     /// Whether nothing can be changed through the mount.
@@ -147,6 +153,43 @@ pub struct UpperLayer {
     pub upperdir: Location,
     /// `workdir=`: an empty directory that overlayfs needs beside it.
     pub workdir: Location,
+}
+
+/// SELinux contexts, as in [mount(8)](https://man7.org/linux/man-pages/man8/mount.8.html): handed to
+/// overlayfs as they are, and refused by a kernel without SELinux.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SelinuxContexts {
+    /// `context=`: of every file.
+    pub context: Option<OsString>,
+    /// `fscontext=`: of the superblock.
+    pub fscontext: Option<OsString>,
+    /// `defcontext=`: of files that have none.
+    pub defcontext: Option<OsString>,
+    /// `rootcontext=`: of the root directory.
+    pub rootcontext: Option<OsString>,
+}
+
+impl SelinuxContexts {
+    pub(crate) const NAMES: [&str; 4] = ["context", "fscontext", "defcontext", "rootcontext"];
+
+    /// Those that are set, with their names.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&'static str, &OsString)> {
+        let values = [&self.context, &self.fscontext, &self.defcontext, &self.rootcontext];
+        SelinuxContexts::NAMES
+            .into_iter()
+            .zip(values)
+            .filter_map(|(name, v)| Some((name, v.as_ref()?)))
+    }
+
+    pub(crate) fn get_mut(&mut self, name: &[u8]) -> Option<(&'static str, &mut Option<OsString>)> {
+        Some(match name {
+            b"context" => ("context", &mut self.context),
+            b"fscontext" => ("fscontext", &mut self.fscontext),
+            b"defcontext" => ("defcontext", &mut self.defcontext),
+            b"rootcontext" => ("rootcontext", &mut self.rootcontext),
+            _ => return None,
+        })
+    }
 }
 
 /// When reading a file updates its access time, as in

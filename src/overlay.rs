@@ -1,9 +1,11 @@
 //! The overlayfs that joins image and objects: the ladder of its layers.
 
 use std::ffi::OsString;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
+use rustix::fs::{AtFlags, StatxFlags, fstat, statx};
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
@@ -11,7 +13,8 @@ use crate::error::{DirectoryRole, Error, KernelError, Operation};
 use crate::fs_context::{FsContext, STRING_MAX};
 use crate::location::Location;
 use crate::named_layers::{NamedLayers, in_private_namespace};
-use crate::options::{Atime, MountOptions, SELINUX_CONTEXTS, SuperblockFlags, UpperLayer, Verity};
+use crate::options::{Atime, MountOptions, SuperblockFlags, UpperLayer, Verity};
+use crate::procfs::Procfs;
 use crate::step::{ObjectVerity, Rung, Step};
 
 /// A directory that becomes a layer.
@@ -51,6 +54,39 @@ impl<'a> Upper<'a> {
     }
 }
 
+/// Finds what overlayfs refuses with an errno that says little, and at best a line in the kernel's log:
+/// one directory for two layers (ELOOP, EINVAL), and a workdir on another mount (EINVAL).
+pub(crate) fn check_layers(objects: &[Layer], upper: Option<&Upper>) -> Result<(), Error> {
+    let failed = |layer: &Layer, errno| {
+        KernelError::new(Operation::LookAtDirectory, errno).on(layer.location.name())
+    };
+    let mut layers: Vec<_> = objects.iter().map(|layer| (DirectoryRole::Objects, layer)).collect();
+    if let Some(Upper { upperdir, workdir }) = upper {
+        layers.extend([(DirectoryRole::Upper, upperdir), (DirectoryRole::Work, workdir)]);
+        let mount_id = |layer: &Layer| {
+            let fd = layer.fd.as_fd();
+            statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)
+                .map(|statx| statx.stx_mnt_id)
+                .map_err(|errno| failed(layer, errno))
+        };
+        if mount_id(upperdir)? != mount_id(workdir)? {
+            let (upperdir, workdir) = (upperdir.location.name(), workdir.location.name());
+            return Err(Error::WorkOnOtherMount { upperdir, workdir });
+        }
+    }
+    let mut seen: Vec<(_, DirectoryRole, &Layer)> = Vec::new();
+    for (role, layer) in layers {
+        let stat = fstat(&layer.fd).map_err(|errno| failed(layer, errno))?;
+        let identity = (stat.st_dev, stat.st_ino);
+        if let Some((_, other_role, other)) = seen.iter().find(|(other, ..)| *other == identity) {
+            let (path, other_path) = (layer.location.name(), other.location.name());
+            return Err(Error::SameDirectory { role, path, other_role: *other_role, other_path });
+        }
+        seen.push((identity, role, layer));
+    }
+    Ok(())
+}
+
 /// What the overlay is made of.
 pub(crate) struct Overlay<'a> {
     /// The detached mount of the image.
@@ -60,6 +96,8 @@ pub(crate) struct Overlay<'a> {
     pub options: &'a MountOptions,
     /// What mountinfo shows as the source.
     pub source: OsString,
+    /// What messages call the image.
+    pub name: PathBuf,
 }
 
 impl Overlay<'_> {
@@ -70,11 +108,12 @@ impl Overlay<'_> {
     /// overlayfs parses its own options (6.5), EOPNOTSUPP where it does not. From there on down the
     /// layers must be attached, and have names, in the mount namespace of the caller.
     ///
-    /// `lowerdir+` and `datadir+`: 6.8. Before, EINVAL for an unknown option, and one string.
+    /// `lowerdir+` and `datadir+`: 6.7. Before, EINVAL for an unknown option, and one string.
     /// Data-only layers in it: 6.5, with overlayfs' own parser.
     pub fn mount(
         &self,
         verity: Verity,
+        procfs: Option<&Procfs>,
         steps: &mut dyn FnMut(Step),
     ) -> Result<(OwnedFd, ObjectVerity), Error> {
         let rung = Rung::LayersByDescriptor;
@@ -90,11 +129,11 @@ impl Overlay<'_> {
         steps(Step::NotTaken { rung, error: missing });
 
         let layers = NamedLayers::new(self, named_rungs)?;
-        let (not_taken, rung, result) = in_private_namespace(|| {
+        let (not_taken, rung, result) = in_private_namespace(procfs, |use_paths| {
             layers.attach()?;
             let mut not_taken = Vec::new();
             for rung in named_rungs {
-                let by_name = |context: &FsContext| layers.set(context, *rung);
+                let by_name = |context: &FsContext| layers.set(context, *rung, use_paths);
                 match self.create_with(verity, &by_name) {
                     Err(Error::Kernel(error)) if is_missing(*rung, &error) => {
                         not_taken.push(Step::NotTaken { rung: *rung, error: *error });
@@ -137,13 +176,12 @@ impl Overlay<'_> {
     }
 
     fn set_by_descriptor(&self, context: &FsContext) -> Result<(), KernelError> {
-        context.set_fd("lowerdir+", &self.image)?;
-        for layer in &self.objects {
-            context.set_fd("datadir+", &layer.fd)?;
-        }
+        let set = |key, layer: &Layer| context.set_fd(key, &layer.fd, &layer.location.name());
+        context.set_fd("lowerdir+", &self.image, &self.name)?;
+        self.objects.iter().try_for_each(|layer| set("datadir+", layer))?;
         if let Some(upper) = &self.upper {
-            context.set_fd("upperdir", &upper.upperdir.fd)?;
-            context.set_fd("workdir", &upper.workdir.fd)?;
+            set("upperdir", &upper.upperdir)?;
+            set("workdir", &upper.workdir)?;
         }
         Ok(())
     }
@@ -153,7 +191,7 @@ impl Overlay<'_> {
         verity: bool,
         set_layers: &dyn Fn(&FsContext) -> Result<(), KernelError>,
     ) -> Result<OwnedFd, KernelError> {
-        let context = FsContext::open("overlay")?;
+        let context = FsContext::open("overlay")?.of(&self.name);
         // First: it is here that most kernels differ.
         set_layers(&context)?;
         // A path that is too long for fsconfig is too long for a line of findmnt as well.
@@ -174,10 +212,8 @@ impl Overlay<'_> {
                 context.set_flag(key)?;
             }
         }
-        for (key, value) in SELINUX_CONTEXTS.iter().zip(&self.options.selinux_contexts) {
-            if let Some(value) = value {
-                context.set_string(key, value)?;
-            }
+        for (key, value) in self.options.selinux_contexts.iter() {
+            context.set_string(key, value)?;
         }
         if self.options.is_read_only() {
             context.set_flag("ro")?;

@@ -24,8 +24,6 @@ pub enum Step {
         compression: Option<Compression>,
         /// The composefs format it says to be of: 0 and 1 are written by mkcomposefs, 2 is V2.
         composefs_version: u32,
-        /// It is known to hold no ACL, and is mounted with `noacl`.
-        no_acl: bool,
     },
     /// The digest of the image is the one asked for.
     DigestVerified {
@@ -60,6 +58,8 @@ pub enum Step {
         /// The way.
         rung: Rung,
     },
+    /// The image is known to hold no ACL, and is mounted with `noacl`.
+    WithoutAcls,
     /// The image is attached to a loop device.
     LoopDevice {
         /// The device.
@@ -106,13 +106,13 @@ pub enum ObjectVerity {
 pub enum Rung {
     /// The image as an EROFS source by descriptor (Linux 7.3).
     SourceByDescriptor,
-    /// The image as an EROFS source by its path under /proc/self/fd (Linux 6.12).
+    /// The image as an EROFS source by the path of its descriptor, in a procfs (Linux 6.12).
     SourceByPath,
     /// The image through a loop device (Linux 5.8).
     SourceByLoopDevice,
     /// Detached layers by descriptor (Linux 6.15).
     LayersByDescriptor,
-    /// Layers by path, a string each, in a private mount namespace (Linux 6.8).
+    /// Layers by path, a string each, in a private mount namespace (Linux 6.7).
     LayersByPath,
     /// Layers in one string with data-only ones, in a private mount namespace (Linux 6.5).
     LayersInOneString,
@@ -155,15 +155,14 @@ impl fmt::Display for ObjectVerity {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Step::ImageOpened { image, size, compression, composefs_version, no_acl } => {
+            Step::ImageOpened { image, size, compression, composefs_version } => {
                 let image = image.display();
                 let compressed = match compression {
                     Some(compression) => format!(" uncompressed ({compression})"),
                     None => String::new(),
                 };
                 let format = if *composefs_version < 2 { 1 } else { *composefs_version };
-                let acl = if *no_acl { ", without ACLs" } else { "" };
-                write!(f, "image {image}: {size} bytes{compressed}, format V{format}{acl}")
+                write!(f, "image {image}: {size} bytes{compressed}, format V{format}")
             }
             Step::DigestVerified { digest, by } => {
                 let by = match by {
@@ -181,7 +180,11 @@ impl fmt::Display for Step {
                 write!(f, "image copied into {memory}: {size} bytes")
             }
             Step::NotTaken { rung, error } => write!(f, "{rung}: not here: {error}"),
+            Step::Taken { rung: rung @ (Rung::SourceByDescriptor | Rung::SourceByPath) } => {
+                write!(f, "{rung}: taken, no loop device")
+            }
             Step::Taken { rung } => write!(f, "{rung}: taken"),
+            Step::WithoutAcls => f.write_str("image has no ACLs: noacl"),
             Step::LoopDevice { device } => write!(f, "loop device {}", device.display()),
             Step::Idmapped { user_namespace } => {
                 write!(f, "image idmapped as {}", user_namespace.display())

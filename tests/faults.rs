@@ -307,7 +307,7 @@ impl Fault {
             }
             // Four seconds of waiting for loop devices: not in each of these.
             Fault::ForEver { .. } if call.number == libc::SYS_clock_nanosleep => {
-                return Action::Answer(Vec::new());
+                return Action::Answer(0, Vec::new());
             }
             _ => return Action::Proceed,
         };

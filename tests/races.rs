@@ -16,7 +16,7 @@ use rustix::fs::{CWD, MemfdFlags, RenameFlags, ftruncate, memfd_create, renameat
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use sealmount::{
-    Algorithm, DirectoryRole, Error, ImageError, Location, Memory, MountOptions, Operation, Step,
+    Algorithm, DirectoryRole, Error, ImageError, Memory, MountOptions, Operation, Step,
     compute_digest, open_mount_point,
 };
 use sealmount_sys::loop_device;
@@ -429,7 +429,7 @@ fn a_mount_point_that_goes_away_is_an_error_and_nothing_is_left() {
     fs::copy(V1.image(), &image).unwrap();
     let mount_point = sandbox.directory("mnt");
     let before = format!("{:?}", mounts());
-    let opened = open_mount_point(&Location::from(&mount_point)).unwrap();
+    let opened = open_mount_point(&mount_point).unwrap();
     let mount =
         changed_when_opened(&V1.copy_options(), &image, || fs::remove_dir(&mount_point).unwrap())
             .unwrap();
@@ -448,7 +448,7 @@ fn a_mount_point_that_goes_away_is_an_error_and_nothing_is_left() {
 fn a_mount_point_that_is_moved_or_mounted_over_is_still_the_one_that_was_opened() {
     let Some(sandbox) = Sandbox::new() else { return };
     let (mount_point, moved) = (sandbox.directory("mnt"), sandbox.path("moved"));
-    let opened = open_mount_point(&Location::from(&mount_point)).unwrap();
+    let opened = open_mount_point(&mount_point).unwrap();
     let mount = V1.options().mount(V1.image()).unwrap();
     fs::rename(&mount_point, &moved).unwrap();
     fs::create_dir(&mount_point).unwrap();
@@ -458,7 +458,7 @@ fn a_mount_point_that_is_moved_or_mounted_over_is_still_the_one_that_was_opened(
     umount(&moved);
 
     // As mount(8) does: on top of what is there.
-    let opened = open_mount_point(&Location::from(&mount_point)).unwrap();
+    let opened = open_mount_point(&mount_point).unwrap();
     let mount = V1.options().mount(V1.image()).unwrap();
     run("mount", ["-t", "tmpfs", "tmpfs", mount_point.to_str().unwrap()]);
     mount.attach(opened).unwrap();

@@ -11,8 +11,7 @@ use std::process::ExitCode;
 use lexopt::{Arg, Parser};
 use rustix::process::{getegid, geteuid, getgid, getuid};
 use sealmount::{
-    Errno, Error, Location, MountOptions, Operation, Sloppy, Step, enter_mount_namespace,
-    open_mount_point,
+    Errno, Error, MountOptions, Operation, Sloppy, Step, enter_mount_namespace, open_mount_point,
 };
 
 const USAGE: &str = "\
@@ -35,11 +34,15 @@ Options:
   digest=DIGEST          the image must have this fs-verity digest; implies verity
   verity                 the objects must have fs-verity, and are checked against the image
   tryverity, noverity    the same where it can be had; never
-  copy[=memfd]           mount a copy of the image in sealed memory
+  copy[=memfd]           mount a copy of the image in sealed memory; the image may be
+                         compressed with zstd, xz or gzip
+  copy=ramfs             the same in memory that is never swapped out
+  size=LIMIT             the most memory the copy may take: bytes, k, m, g, or %
   upperdir=PATH,workdir=PATH
                          a layer that takes changes
   idmap=PATH             a user namespace whose mapping the files of the image get
-  ro, rw, nosuid, nodev, noexec, noatime, ...  as for mount(8)
+  ro, rw, nosuid, nodev, noexec, nosymfollow, noatime, sync, context=, ...
+                         as for mount(8)
 
 The manual page mount.composefs(8) has them all.";
 
@@ -75,7 +78,12 @@ impl From<Error> for Failure {
             (Error::Kernel(error), Some(Errno::ACCESS)) if is_loop_device(error.operation) => {
                 Status::Usage
             }
-            (Error::NoLoopDevice { .. } | Error::NotEnoughMemory { .. }, _) => Status::System,
+            (
+                Error::NoLoopDevice { .. }
+                | Error::NotLoopDevice { .. }
+                | Error::NotEnoughMemory { .. },
+                _,
+            ) => Status::System,
             (Error::Kernel(error), _) if is_loop_device(error.operation) => Status::System,
             (_, Some(Errno::NOMEM | Errno::NOSPC | Errno::MFILE | Errno::NFILE | Errno::AGAIN)) => {
                 Status::System
@@ -124,8 +132,17 @@ fn print_error(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
+/// On one line, and with nothing that a terminal would act on: paths and options can hold anything.
 fn say(text: &dyn Display) {
-    print_error(&format!("mount.composefs: {text}\n"));
+    let mut line = String::from("mount.composefs: ");
+    for character in text.to_string().chars() {
+        match character.is_control() {
+            true => line.push_str(&format!("\\x{:02x}", u32::from(character))),
+            false => line.push(character),
+        }
+    }
+    line.push('\n');
+    print_error(&line);
 }
 
 fn run() -> Result<(), Failure> {
@@ -140,11 +157,15 @@ fn run() -> Result<(), Failure> {
     let arguments = match Command::parse(Parser::from_env()) {
         Ok(Command::Mount(arguments)) => arguments,
         Ok(Command::Print(text)) => {
-            return writeln!(io::stdout(), "{text}").map_err(|error| Failure {
-                status: Status::System,
-                message: format!("cannot write to standard output: {error}"),
-                hint: None,
-            });
+            return match writeln!(io::stdout(), "{text}") {
+                // Who has read enough is no failure.
+                Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure {
+                    status: Status::System,
+                    message: format!("cannot write to standard output: {error}"),
+                    hint: None,
+                }),
+                _ => Ok(()),
+            };
         }
         Err(error) => return Err(Failure::usage(error.to_string())),
     };
@@ -172,7 +193,7 @@ fn run() -> Result<(), Failure> {
     }
 
     // Before the work is done, and the same directory after it.
-    let mount_point = open_mount_point(&Location::from(arguments.mount_point.as_os_str()))?;
+    let mount_point = open_mount_point(arguments.mount_point.as_os_str())?;
     let mut step = |step: Step| match step {
         Step::Copying { done, total } => bar.draw(done, total),
         step => {
@@ -189,7 +210,11 @@ fn run() -> Result<(), Failure> {
         return Ok(());
     }
     mount.attach(mount_point)?;
-    say(&format_args!("attached to {directory}"));
+    let read_only = match (options.read_only, options.is_read_only()) {
+        (false, true) => ", read-only: there is no upperdir",
+        _ => "",
+    };
+    say(&format_args!("attached to {directory}{read_only}"));
     Ok(())
 }
 
@@ -244,12 +269,12 @@ impl Command {
         let (mut sloppy, mut fake, mut verbose, mut namespace) = (false, false, false, None);
         while let Some(argument) = parser.next()? {
             match argument {
-                Arg::Short('o') => options.push(parser.value()?),
+                Arg::Short('o') => options.push(option_text(parser.value()?)?),
                 Arg::Short('s') => sloppy = true,
                 Arg::Short('f') => fake = true,
                 Arg::Short('n') => {}
                 Arg::Short('v') => verbose = true,
-                Arg::Short('N') => namespace = Some(parser.value()?),
+                Arg::Short('N') => namespace = Some(not_empty("-N", parser.value()?)?),
                 Arg::Short('t') => require_composefs(&parser.value()?)?,
                 Arg::Short('h') | Arg::Long("help") => return Ok(Command::Print(USAGE)),
                 Arg::Short('V') | Arg::Long("version") => {
@@ -257,7 +282,7 @@ impl Command {
                         concat!("mount.composefs from sealmount ", env!("CARGO_PKG_VERSION"));
                     return Ok(Command::Print(version));
                 }
-                Arg::Value(operand) => operands.push(operand),
+                Arg::Value(operand) => operands.push(not_empty("operand", operand)?),
                 _ => return Err(argument.unexpected()),
             }
         }
@@ -274,6 +299,21 @@ impl Command {
             verbose,
             namespace,
         }))
+    }
+}
+
+fn not_empty(what: &str, value: OsString) -> Result<OsString, lexopt::Error> {
+    if value.is_empty() { Err(format!("an empty {what}").into()) } else { Ok(value) }
+}
+
+/// The value of one `-o`. A backslash at its end would escape the comma that joins it with the next.
+fn option_text(text: OsString) -> Result<OsString, lexopt::Error> {
+    let backslashes = text.as_encoded_bytes().iter().rev().take_while(|byte| **byte == b'\\');
+    match backslashes.count() % 2 {
+        0 => Ok(text),
+        _ => {
+            Err(format!("-o {}: ends in a backslash, which escapes nothing", text.display()).into())
+        }
     }
 }
 

@@ -8,8 +8,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use super::{
-    Atime, Memory, MountAttributes, MountOptions, OptionsError, SELINUX_CONTEXTS, SizeLimit,
-    SuperblockFlags, UpperLayer, Verity,
+    Atime, Memory, MountAttributes, MountOptions, OptionsError, SizeLimit, SuperblockFlags,
+    UpperLayer, Verity,
 };
 use crate::digest::Digest;
 use crate::location::{Location, proc_fd_path};
@@ -83,27 +83,23 @@ impl MountOptions {
     /// An option that is not known, lacks its value or has one that it does not take; `basedir=`
     /// missing; `upperdir=` without `workdir=` or the reverse.
     pub fn parse(text: impl AsRef<OsStr>) -> Result<MountOptions, OptionsError> {
-        let Sloppy { options, unknown } = MountOptions::parse_sloppy(text)?;
+        let (draft, unknown) = Draft::read(text.as_ref())?;
+        // What is misspelt is missing too, and that is not what is to be said of it.
         match unknown.into_iter().next() {
             Some(name) => Err(OptionsError::Unknown(name)),
-            None => Ok(options),
+            None => draft.finish(),
         }
     }
 
     /// As [`parse`](Self::parse), but sets aside options that are not known, as mount(8)'s `-s` asks
     /// for.
     pub fn parse_sloppy(text: impl AsRef<OsStr>) -> Result<Sloppy, OptionsError> {
-        let mut draft = Draft::new();
-        let mut unknown = Vec::new();
-        for token in tokens(text.as_ref().as_bytes())? {
-            if !draft.apply(&token)? {
-                unknown.push(OsStr::from_bytes(token.name).to_owned());
-            }
-        }
+        let (draft, unknown) = Draft::read(text.as_ref())?;
         Ok(Sloppy { options: draft.finish()?, unknown })
     }
 
-    /// The text that [`parse`](Self::parse) reads as these options.
+    /// The text that [`parse`](Self::parse) reads as these options, if they are such as can be mounted
+    /// with.
     ///
     /// A descriptor becomes its path below /proc/self/fd, of meaning as long as it stays open.
     pub fn to_text(&self) -> OsString {
@@ -156,10 +152,8 @@ impl MountOptions {
                 text.flag(name);
             }
         }
-        for (name, context) in SELINUX_CONTEXTS.iter().zip(&self.selinux_contexts) {
-            if let Some(context) = context {
-                text.value(name, &[context.as_bytes().to_vec()]);
-            }
+        for (name, context) in self.selinux_contexts.iter() {
+            text.value(name, &[context.as_bytes().to_vec()]);
         }
         OsString::from_vec(text.bytes)
     }
@@ -251,6 +245,18 @@ impl Draft {
         Draft { options: MountOptions::without_basedir(), upperdir: None, workdir: None }
     }
 
+    /// Reads text; gives the names of options that are not known besides.
+    fn read(text: &OsStr) -> Result<(Draft, Vec<OsString>), OptionsError> {
+        let mut draft = Draft::new();
+        let mut unknown = Vec::new();
+        for token in tokens(text.as_bytes())? {
+            if !draft.apply(&token)? {
+                unknown.push(OsStr::from_bytes(token.name).to_owned());
+            }
+        }
+        Ok((draft, unknown))
+    }
+
     /// Takes one option in; says whether it is known.
     fn apply(&mut self, token: &Token) -> Result<bool, OptionsError> {
         let options = &mut self.options;
@@ -329,11 +335,9 @@ impl Draft {
                 return Ok(true);
             }
         }
-        for (name, context) in SELINUX_CONTEXTS.iter().zip(&mut options.selinux_contexts) {
-            if token.is(name) {
-                *context = Some(token.value(name)?);
-                return Ok(true);
-            }
+        if let Some((name, context)) = options.selinux_contexts.get_mut(token.name) {
+            *context = Some(token.value(name)?);
+            return Ok(true);
         }
         for name in WITHOUT_EFFECT {
             if token.is(name) {
@@ -346,12 +350,7 @@ impl Draft {
 
     fn finish(self) -> Result<MountOptions, OptionsError> {
         let mut options = self.options;
-        if options.basedirs.is_empty() {
-            return Err(OptionsError::NoBasedir);
-        }
-        if options.size.is_some() && options.copy.is_none() {
-            return Err(OptionsError::SizeWithoutCopy);
-        }
+        options.check()?;
         options.upper = match (self.upperdir, self.workdir) {
             (Some(upperdir), Some(workdir)) => Some(UpperLayer { upperdir, workdir }),
             (Some(_), None) => return Err(OptionsError::UpperWithoutWork),

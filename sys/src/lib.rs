@@ -1,5 +1,5 @@
 //! Kernel interfaces that [sealmount] needs and [rustix] lacks: loop devices, fs-verity,
-//! `mount_setattr`, namespaces of a single thread, `AT_SECURE`, `sysinfo`; and swap areas, for its tests.
+//! `mount_setattr`, namespaces of a single thread, `AT_SECURE`, `sysinfo`, a resource limit; and swap areas, for its tests.
 //!
 //! And SHA-256 and SHA-512 of several blocks at a time.
 //!
@@ -23,6 +23,7 @@ pub use auxv::is_secure_execution;
 pub use mount_setattr::{mount_setattr_idmap, mount_setattr_private};
 pub use namespace::{
     enter_mount_namespace, is_user_namespace, unshare_mount_namespace, unshare_user_namespace,
+    unshare_working_directory,
 };
 pub use swap::{swap_off, swap_on};
-pub use sysinfo::{Memory, memory};
+pub use sysinfo::{Memory, file_size_limit, memory};

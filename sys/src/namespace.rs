@@ -21,6 +21,15 @@ pub fn unshare_mount_namespace() -> io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }
 }
 
+/// [unshare(2)] with `CLONE_FS`: the working directory, the root and the umask of the calling thread are
+/// no longer those of the threads that it shared them with.
+///
+/// [unshare(2)]: https://man7.org/linux/man-pages/man2/unshare.2.html
+pub fn unshare_working_directory() -> io::Result<()> {
+    // SAFETY: as above.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }
+}
+
 /// [unshare(2)] with `CLONE_NEWUSER`: the calling thread, the only one of its process, gets a user
 /// namespace of its own, with no mapping yet.
 ///

@@ -1,13 +1,17 @@
-//! [sysinfo(2)](https://man7.org/linux/man-pages/man2/sysinfo.2.html)
+//! What rustix panics about where a seccomp filter denies it:
+//! [sysinfo(2)](https://man7.org/linux/man-pages/man2/sysinfo.2.html) and
+//! [getrlimit(2)](https://man7.org/linux/man-pages/man2/getrlimit.2.html).
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_long};
 
+use linux_raw_sys::general::{__NR_prlimit64, RLIM64_INFINITY, RLIMIT_FSIZE, rlimit64};
 use linux_raw_sys::system::sysinfo as Sysinfo;
 use rustix::io;
 
 unsafe extern "C" {
-    /// Of the C library, which std links anyway.
+    /// Both are of the C library, which std links anyway.
     fn sysinfo(info: *mut WithPadding) -> c_int;
+    fn syscall(number: c_long, ...) -> c_long;
 }
 
 /// 32-bit machines have bytes behind the fields, which the binding leaves out.
@@ -26,7 +30,7 @@ pub struct Memory {
     pub free: u64,
 }
 
-/// sysinfo(2), as rustix has it, but for a seccomp filter that denies it: there rustix panics.
+/// sysinfo(2)
 #[allow(clippy::unnecessary_cast)] // c_ulong has 32 bits on 32-bit machines.
 pub fn memory() -> io::Result<Memory> {
     // SAFETY: the structure consists of integers, for which zero is a value.
@@ -39,6 +43,22 @@ pub fn memory() -> io::Result<Memory> {
     let info = answer.info;
     let bytes = |units| units as u64 * u64::from(info.mem_unit);
     Ok(Memory { total: bytes(info.totalram), free: bytes(info.freeram) })
+}
+
+/// `RLIMIT_FSIZE`, in bytes: how large a file the process may write. `None`: as large as it likes.
+pub fn file_size_limit() -> io::Result<Option<u64>> {
+    let mut limit = rlimit64 { rlim_cur: 0, rlim_max: 0 };
+    let nothing = std::ptr::null::<rlimit64>();
+    // SAFETY: the arguments are those of prlimit(2) in their types: of the calling process, no new limit
+    // to be read, and room for the old one.
+    let result = unsafe {
+        syscall(c_long::from(__NR_prlimit64), 0 as c_int, RLIMIT_FSIZE, nothing, &mut limit)
+    };
+    if result != 0 {
+        let error = std::io::Error::last_os_error();
+        return Err(io::Errno::from_io_error(&error).unwrap_or(io::Errno::INVAL));
+    }
+    Ok(Some(limit.rlim_cur).filter(|limit| *limit != RLIM64_INFINITY as u64))
 }
 
 #[cfg(test)]

@@ -168,7 +168,13 @@ const CALLS: &[SystemCall] = &[
     call("mkdirat", libc::SYS_mkdirat, &[], &[EDQUOT, EEXIST, EMLINK, EROFS]),
     call("mknodat", libc::SYS_mknodat, &[], &[EDQUOT, EEXIST, EROFS]),
     call("mmap", libc::SYS_mmap, &[], &[EBADF, EEXIST, EOVERFLOW, ETXTBSY]),
-    call("mount_setattr", libc::SYS_mount_setattr, &[ENOSYS], &[EBADF, EFAULT, ENOENT, E2BIG]),
+    // EINVAL: the root is no mount, but a directory.
+    call(
+        "mount_setattr",
+        libc::SYS_mount_setattr,
+        &[EINVAL, ENOSYS],
+        &[EBADF, EFAULT, ENOENT, E2BIG],
+    ),
     call("move_mount", libc::SYS_move_mount, &[], PATH),
     call("mprotect", libc::SYS_mprotect, &[], &[]),
     call("munmap", libc::SYS_munmap, &[], &[]),

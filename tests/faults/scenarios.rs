@@ -232,9 +232,9 @@ pub const SCENARIOS: &[Scenario] = &[
         outcome: Expected::Refusal,
     },
     Scenario {
-        name: "without /proc",
+        name: "without procfs",
         arguments: |place| place.v1_verified("copy"),
-        kernel: Some(without_proc),
+        kernel: Some(without_procfs),
         outcome: Expected::Mount,
     },
     Scenario {
@@ -247,11 +247,11 @@ pub const SCENARIOS: &[Scenario] = &[
         outcome: Expected::Verity,
     },
     Scenario {
-        name: "as on 6.7, upper layer",
+        name: "as on 6.6, upper layer",
         arguments: |place| {
             place.v1(&format!("upperdir={},workdir={}", place.path("upper"), place.path("work")))
         },
-        kernel: Some(as_on_6_7),
+        kernel: Some(as_on_6_6),
         outcome: Expected::Mount,
     },
     Scenario {
@@ -278,21 +278,32 @@ const MEASURE_VERITY: u64 = 0xc004_6686;
 
 /// The file system has fs-verity, and all files of the fixture V1 have it; directories cannot.
 fn with_verity(call: &Call) -> Action {
-    if call.number != libc::SYS_ioctl || call.arguments[1] != MEASURE_VERITY {
-        return Action::Proceed;
+    let is_directory = || call.file(0).is_none_or(|file| file.is_dir());
+    match call.number {
+        libc::SYS_ioctl if call.arguments[1] == MEASURE_VERITY && is_directory() => {
+            Action::Fail(Errno::ENODATA)
+        }
+        // struct fsverity_digest: algorithm, size, digest. That of the image; of an object it does not
+        // matter which one it is.
+        libc::SYS_ioctl if call.arguments[1] == MEASURE_VERITY => {
+            let sealmount::Digest::Sha256(digest) = V1.digest() else { unreachable!() };
+            Action::Answer(2, [&[1, 0, 32, 0][..], &digest].concat())
+        }
+        // struct statx, for who asks for nothing but the attributes: STATX_ATTR_VERITY.
+        libc::SYS_statx if call.arguments[3] == 0 => {
+            let mut statx = vec![0; 256];
+            statx[8..16].copy_from_slice(&(libc::STATX_ATTR_VERITY as u64).to_le_bytes());
+            Action::Answer(4, statx)
+        }
+        _ => Action::Proceed,
     }
-    let is_directory = call.file(0).is_none_or(|file| file.is_dir());
-    if is_directory {
-        return Action::Fail(Errno::ENODATA);
-    }
-    // struct fsverity_digest: algorithm, size, digest. That of the image; of an object it does not
-    // matter which one it is.
-    let sealmount::Digest::Sha256(digest) = V1.digest() else { unreachable!() };
-    Action::Answer([&[1, 0, 32, 0][..], &digest].concat())
 }
 
-/// /proc is not mounted.
-fn without_proc(call: &Call) -> Action {
+/// The kernel has no procfs.
+fn without_procfs(call: &Call) -> Action {
+    if call.number == libc::SYS_fsopen && call.text(0).as_deref() == Some("proc") {
+        return Action::Fail(Errno::ENODEV);
+    }
     let path = match call.number {
         libc::SYS_openat | libc::SYS_statx => call.text(1),
         libc::SYS_readlink => call.text(0),
@@ -314,8 +325,9 @@ fn as_on_6_12(call: &Call) -> Action {
 }
 
 /// Nor `lowerdir+`, nor EROFS from a file.
-fn as_on_6_7(call: &Call) -> Action {
-    let is_file = |call: &Call| call.text(3).is_some_and(|source| source.starts_with("/proc"));
+fn as_on_6_6(call: &Call) -> Action {
+    let is_file =
+        |call: &Call| call.text(3).is_some_and(|source| source.starts_with("thread-self/"));
     if sets(call, FSCONFIG_SET_STRING, "lowerdir+") {
         return Action::Fail(Errno::EINVAL);
     }
@@ -327,7 +339,7 @@ fn as_on_6_7(call: &Call) -> Action {
 
 /// Nor data-only layers: overlayfs does not parse its options itself.
 fn as_on_6_1(call: &Call) -> Action {
-    match as_on_6_7(call) {
+    match as_on_6_6(call) {
         Action::Fail(Errno::EBADF) => Action::Fail(Errno::EOPNOTSUPP),
         action => action,
     }

@@ -51,8 +51,8 @@ pub enum Action {
     Proceed,
     /// It is not made and returns this.
     Fail(Errno),
-    /// It is not made, leaves these bytes where its third argument points to, and returns 0.
-    Answer(Vec<u8>),
+    /// It is not made, leaves these bytes where the argument of this place points to, and returns 0.
+    Answer(usize, Vec<u8>),
     /// It is made with no more than this as its third argument, the length.
     Shorten(u64),
     /// The process gets the signal first.
@@ -272,11 +272,11 @@ fn enter(
     match action {
         Action::Proceed => Ok(AtExit::Nothing),
         Action::Fail(errno) => skip().map(|()| AtExit::Return(-(errno as i64))),
-        Action::Answer(bytes) => {
+        Action::Answer(argument, bytes) => {
             skip()?;
             let memory = format!("/proc/{}/mem", call.thread);
             let memory = File::options().write(true).open(memory).map_err(|_| Errno::ESRCH)?;
-            memory.write_all_at(&bytes, call.arguments[2]).map_err(|_| Errno::ESRCH)?;
+            memory.write_all_at(&bytes, call.arguments[argument]).map_err(|_| Errno::ESRCH)?;
             Ok(AtExit::Return(0))
         }
         Action::Shorten(length) => {

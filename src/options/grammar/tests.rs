@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::options::SelinuxContexts;
 
 fn parse(text: &str) -> Result<MountOptions, OptionsError> {
     MountOptions::parse(text)
@@ -81,6 +82,8 @@ fn what_is_wrong_is_refused_by_name() {
     assert_eq!(error("workdir=/w"), OptionsError::WorkWithoutUpper);
     assert_eq!(error("ro\\"), OptionsError::TrailingBackslash);
     assert_eq!(error("x-a\0"), OptionsError::Nul);
+    assert_eq!(parse("basdir=/a"), Err(unknown("basdir")));
+    assert_eq!(parse("bogus,upperdir=/u"), Err(unknown("bogus")));
     assert_eq!(parse(""), Err(OptionsError::NoBasedir));
     assert_eq!(parse("ro"), Err(OptionsError::NoBasedir));
 }
@@ -231,7 +234,11 @@ prop_compose! {
             attributes: MountAttributes::from_bits_truncate(attributes),
             atime,
             superblock_flags: SuperblockFlags::from_bits_truncate(superblock_flags),
-            selinux_contexts: selinux_contexts.map(|context| context.map(OsString::from)),
+            selinux_contexts: {
+                let [context, fscontext, defcontext, rootcontext] =
+                    selinux_contexts.map(|context: Option<String>| context.map(OsString::from));
+                SelinuxContexts { context, fscontext, defcontext, rootcontext }
+            },
             source: None,
         }
     }
