@@ -73,3 +73,12 @@ pub use options::{
     SuperblockFlags, UpperLayer, Verity,
 };
 pub use step::{ObjectVerity, Rung, Step, VerifiedBy};
+
+/// Whether this is root; if not, the test may be skipped where that is allowed.
+#[cfg(test)]
+fn may_mount() -> bool {
+    let is_root = rustix::process::geteuid().is_root();
+    let skip = std::env::var_os("SEALMOUNT_SKIP_ROOT_TESTS");
+    assert!(is_root || skip.is_some(), "run this test as root, or set SEALMOUNT_SKIP_ROOT_TESTS");
+    is_root
+}

@@ -107,3 +107,33 @@ fn wait(attempt: u32) {
     let percent = clock.subsec_nanos() / 16 % 100;
     std::thread::sleep(at_most * percent / 100);
 }
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    use super::*;
+    use crate::fs_context::FsContext;
+
+    /// The kernel is told a path, and what it finds there must be what was attached.
+    #[test]
+    fn a_file_system_of_another_device_is_noticed() {
+        if !crate::may_mount() {
+            return;
+        }
+        let image = include_bytes!("../tests/images/v1/image.cfs");
+        let [one, other] = [0, 1].map(|_| {
+            let file = memfd_create("image", MemfdFlags::CLOEXEC).unwrap();
+            rustix::io::pwrite(&file, image, 0).unwrap();
+            LoopDevice::attach(file, b"a_file_system_of_another_device").unwrap()
+        });
+        let context = FsContext::open("erofs").unwrap();
+        context.set_string("source", &one.path).unwrap();
+        context.set_flag("ro").unwrap();
+        context.create().unwrap();
+        let mount = context.mount(rustix::mount::MountAttrFlags::MOUNT_ATTR_RDONLY).unwrap();
+        one.check_is_source_of(&mount).unwrap();
+        let error = other.check_is_source_of(&mount).unwrap_err();
+        assert!(matches!(&error, Error::NotLoopDevice { path } if *path == other.path), "{error}");
+    }
+}

@@ -250,6 +250,7 @@ mod tests {
 
     use super::*;
     use crate::location::proc_fd_path;
+    use crate::may_mount;
 
     const CONTENT: &[u8] = b"what is in it";
 
@@ -258,17 +259,6 @@ mod tests {
         let memory = UnsealedMemory::create(kind, image, CONTENT.len() as u64, None).unwrap();
         pwrite(memory.file(), CONTENT, 0).unwrap();
         memory.seal(image).unwrap()
-    }
-
-    /// Whether this is root; if not, the test may be skipped where that is allowed.
-    fn may_mount() -> bool {
-        let is_root = rustix::process::geteuid().is_root();
-        let skip = std::env::var_os("SEALMOUNT_SKIP_ROOT_TESTS");
-        assert!(
-            is_root || skip.is_some(),
-            "run this test as root, or set SEALMOUNT_SKIP_ROOT_TESTS",
-        );
-        is_root
     }
 
     fn has_content(memory: &SealedMemory) {

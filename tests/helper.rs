@@ -57,6 +57,63 @@ fn incorrect_calls_exit_with_1() {
 }
 
 #[test]
+fn what_is_misunderstood_most_easily_is_explained() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
+    let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+    let basedir = &basedir();
+    let quoted = &format!("{basedir},upperdir=\"/a,b\"");
+    // What is misspelt is missing, too.
+    fails(&[image, mnt, "-o", "basdir=/objects"], 1, &["unknown option basdir"]);
+    fails(&[image, mnt, "-o", &format!("{basedir},remount")], 1, &["remount", "remount,bind"]);
+    fails(&[image, mnt, "-o", quoted], 1, &["unknown option b\"", "quotes do not"]);
+    fails(&["", mnt, "-o", basedir], 1, &["an empty operand"]);
+    fails(&[image, "", "-o", basedir], 1, &["an empty operand"]);
+    fails(&[image, mnt, "-o", basedir, "-N", ""], 1, &["an empty -N"]);
+    // It would escape the comma that joins the two, and the option behind it.
+    let escape = &format!("{basedir}\\");
+    fails(&[image, mnt, "-o", escape, "-o", "noexec"], 1, &["ends in a backslash"]);
+    let escaped = &format!("{basedir}\\\\");
+    fails(&[image, mnt, "-o", escaped, "-o", "noexec"], 32, &["object directory", "objects\\:"]);
+    fails(&["/dev/loop-control", mnt, "-o", basedir], 32, &["character device"]);
+    assert!(mount_at(Path::new(mnt)).is_none());
+}
+
+#[test]
+fn a_message_is_one_line_and_nothing_for_a_terminal_to_act_on() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let (image, mnt) = (sandbox.path("a\nb\x1b[31m.cfs"), sandbox.directory("mnt"));
+    fs::copy(V1.image(), &image).unwrap();
+    let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+    // As from a file with the line ends of another system.
+    let missing = format!("basedir={}\r", sandbox.path("missing").display());
+    fails(&[image, mnt, "-o", &missing], 32, &["missing\\x0d: No such file"]);
+    let said = stderr(&succeeds(&[image, mnt, "-v", "-o", &basedir()]));
+    assert!(said.contains("a\\x0ab\\x1b[31m.cfs"), "{said:?}");
+    assert!(said.lines().all(|line| line.starts_with("mount.composefs: ")), "{said:?}");
+    assert!(said.contains("read-only: there is no upperdir"), "{said}");
+    umount(Path::new(mnt));
+}
+
+#[test]
+fn files_may_be_limited_in_size() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
+    for copy in ["memfd", "ramfs"] {
+        let output = Command::new("prlimit")
+            .args(["--fsize=8192", env!("CARGO_BIN_EXE_mount-composefs")])
+            .args([&image, &mnt])
+            .args(["-o", &format!("{},copy={copy}", basedir())])
+            .output()
+            .unwrap();
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains("File too large") && message.contains("ulimit -f"), "{message}");
+        assert!(mount_at(&mnt).is_none());
+    }
+}
+
+#[test]
 fn mounts_that_fail_exit_with_32_and_say_why() {
     let Some(sandbox) = Sandbox::new() else { return };
     let mnt = sandbox.directory("mnt");
@@ -183,6 +240,24 @@ fn help_and_version_are_printed() {
         assert!(String::from_utf8(output.stdout).unwrap().contains(text), "{argument}");
         assert!(output.stderr.is_empty());
     }
+    // Every option of README.md's table, but for those that are "as for mount(8)".
+    let help = String::from_utf8(succeeds(&["--help"]).stdout).unwrap();
+    let table = include_str!("../README.md").split("## Options").nth(1).unwrap();
+    let table = table.split("## ").next().unwrap();
+    let rows = table.lines().filter(|line| line.starts_with("| `") && !line.contains("mount(8)"));
+    let names = rows.flat_map(|row| row.split('`').skip(1).step_by(2).take(1));
+    let mut count = 0;
+    for name in names.flat_map(|options| options.split([',', '[', '='])) {
+        let is_option = name.starts_with(|c: char| c.is_ascii_lowercase());
+        assert!(!is_option || help.contains(name), "{name} is not in --help");
+        count += usize::from(is_option);
+    }
+    assert!(count > 10, "{count} options were found");
+    // Who has read enough is no failure.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut helper = Command::new(env!("CARGO_BIN_EXE_mount-composefs"));
+    assert!(helper.arg("--help").stdout(writer).status().unwrap().success());
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::process::Command;
 use rustix::mount::{UnmountFlags, unmount};
 use sealmount::{
     Atime, DirectoryRole, Errno, Error, ImageError, Location, Memory, MountAttributes,
-    MountOptions, NotVerity, ObjectVerity, Rung, Step, UpperLayer, VerifiedBy, Verity,
+    MountOptions, NotVerity, ObjectVerity, Operation, Rung, Step, UpperLayer, VerifiedBy, Verity,
 };
 
 use common::{
@@ -93,6 +93,48 @@ fn the_loop_device_of_a_copy_has_a_name_and_goes_with_the_last_unmount() {
     assert_is_manifest(&other);
     assert_eq!(loop_devices(image.to_str().unwrap()).len(), 1);
     umount(&other);
+    assert_no_loop_device(image.to_str().unwrap());
+}
+
+/// What the library asked the kernel for, as the kernel shows it.
+#[test]
+fn a_copy_is_sealed_and_its_loop_device_read_only() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let image = sandbox.path("sealed.cfs");
+    fs::copy(V1.image(), &image).unwrap();
+    let name = format!("/memfd:sealmount:{} (deleted)", image.display());
+    let mut seals = Vec::new();
+    let mut device = None;
+    let mount = V1.copy_options().mount_with(&image, &mut |step| match step {
+        Step::Copied { .. } => {
+            for entry in fs::read_dir("/proc/self/fd").unwrap() {
+                let link = entry.unwrap().path();
+                if fs::read_link(&link).is_ok_and(|target| target.as_os_str() == name.as_str()) {
+                    seals.push(rustix::fs::fcntl_get_seals(File::open(link).unwrap()).unwrap());
+                }
+            }
+        }
+        Step::LoopDevice { device: path } => device = Some(path),
+        _ => {}
+    });
+    use rustix::fs::SealFlags as S;
+    let [seals] = seals[..] else { panic!("{} memfds have that name", seals.len()) };
+    assert!(seals.contains(S::SEAL | S::SHRINK | S::GROW | S::WRITE), "{seals:?}");
+    let device = device.unwrap();
+    let device = Path::new("/sys/block").join(device.file_name().unwrap());
+    let attribute = |name: &str| fs::read_to_string(device.join(name)).unwrap().trim().to_owned();
+    for (name, value) in [
+        ("ro", "1"),
+        ("loop/autoclear", "1"),
+        ("loop/dio", "0"),
+        ("loop/offset", "0"),
+        ("loop/sizelimit", "0"),
+        ("queue/logical_block_size", "4096"),
+        ("size", "48"),
+    ] {
+        assert_eq!(attribute(name), value, "{name}");
+    }
+    drop(mount);
     assert_no_loop_device(image.to_str().unwrap());
 }
 
@@ -210,6 +252,61 @@ fn an_upper_layer_takes_changes_and_keeps_them() {
 }
 
 #[test]
+fn layers_that_do_not_go_together_are_refused_by_name() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let (one, other) = (sandbox.directory("one"), sandbox.directory("other"));
+    let (objects, tmpfs) = (V1.objects(), sandbox.tmpfs("tmpfs"));
+    std::os::unix::fs::symlink(&objects, sandbox.path("link")).unwrap();
+    let link = sandbox.path("link");
+    let refused = |basedirs: &[&Path], upper: Option<(&Path, &Path)>| {
+        let mut options = MountOptions::new(basedirs[0]);
+        options.basedirs.extend(basedirs[1..].iter().map(|basedir| Location::from(*basedir)));
+        options.upper = upper.map(|(upperdir, workdir)| UpperLayer {
+            upperdir: upperdir.into(),
+            workdir: workdir.into(),
+        });
+        error_of(&options, &V1.image())
+    };
+    let cases = [
+        (refused(&[&objects, &link], None), [&link, &objects]),
+        (refused(&[&objects], Some((&one, &one))), [&one, &one]),
+        (refused(&[&objects, &one], Some((&one, &other))), [&one, &one]),
+        (refused(&[&objects, &one], Some((&other, &one))), [&one, &one]),
+    ];
+    for (error, [found, before]) in cases {
+        let Error::SameDirectory { path, other_path, .. } = &error else { panic!("{error}") };
+        assert_eq!([path, other_path], [found, before], "{error}");
+    }
+    let error = refused(&[&objects], Some((&one, &tmpfs)));
+    let Error::WorkOnOtherMount { upperdir, workdir } = &error else { panic!("{error}") };
+    assert_eq!([upperdir, workdir], [&one, &tmpfs]);
+    // What the kernel alone can tell: it names the image, and what to look at.
+    let error = refused(&[&objects], Some((&one, &sandbox.directory("one/within"))));
+    assert!(error.to_string().starts_with(V1.image().to_str().unwrap()), "{error}");
+    assert!(error.to_string().contains("overlay"), "{error}");
+    assert!(error.hint().unwrap().contains("within"), "{:?}", error.hint());
+}
+
+/// They reach overlayfs, which has no use for them on a kernel without SELinux.
+#[test]
+fn selinux_contexts_are_handed_to_overlayfs() {
+    let Some(_sandbox) = Sandbox::new() else { return };
+    for name in ["context", "fscontext", "defcontext", "rootcontext"] {
+        let text = format!("basedir={},{name}=a:b:c:s0\\,c1", V1.objects().display());
+        match MountOptions::parse(text).unwrap().mount(V1.image()) {
+            Ok(_) => assert!(Path::new("/sys/fs/selinux").exists(), "{name}: passed over"),
+            Err(Error::Kernel(error)) => {
+                let option = format!("{name}=a:b:c:s0,c1");
+                let object = error.object.clone().unwrap();
+                assert_eq!((error.operation, object), (Operation::SetOption, option.into()));
+                assert!(Error::from(error).hint().unwrap().contains("SELinux"));
+            }
+            Err(error) => panic!("{name}: {error}"),
+        }
+    }
+}
+
+#[test]
 fn without_an_upper_layer_rw_is_read_only() {
     let Some(sandbox) = Sandbox::new() else { return };
     let mount_point = sandbox.directory("mnt");
@@ -228,7 +325,10 @@ fn attributes_are_in_force() {
     options.attributes = MountAttributes::all();
     options.atime = Atime::Noatime;
     options.superblock_flags = sealmount::SuperblockFlags::SYNC;
-    options.mount(V1.image()).unwrap().attach(&mount_point).unwrap();
+    // Its source is shown without symbolic links, which is how libmount looks for it.
+    let link = sandbox.path("link");
+    std::os::unix::fs::symlink(V1.image(), &link).unwrap();
+    options.mount(link).unwrap().attach(&mount_point).unwrap();
     let mount = mount_at(&mount_point).unwrap();
     for option in
         ["ro", "nosuid", "nodev", "noexec", "nosymfollow", "noatime", "nodiratime", "sync"]
@@ -236,7 +336,7 @@ fn attributes_are_in_force() {
         assert!(mount.options.contains(&option.into()), "{option}: {mount:?}");
     }
     assert_eq!(mount.fs_type, "overlay");
-    assert_eq!(mount.source, V1.image().to_str().unwrap());
+    assert_eq!(mount.source, fs::canonicalize(V1.image()).unwrap().to_str().unwrap());
     let tool = Command::new(mount_point.join("usr/bin/tool")).spawn().unwrap_err();
     assert_eq!(tool.raw_os_error(), Some(Errno::ACCESS.raw_os_error()));
     let link = fs::read(mount_point.join("usr/lib/link")).unwrap_err();

@@ -85,9 +85,17 @@ impl From<Error> for Failure {
                 _,
             ) => Status::System,
             (Error::Kernel(error), _) if is_loop_device(error.operation) => Status::System,
-            (_, Some(Errno::NOMEM | Errno::NOSPC | Errno::MFILE | Errno::NFILE | Errno::AGAIN)) => {
-                Status::System
-            }
+            (
+                _,
+                Some(
+                    Errno::NOMEM
+                    | Errno::NOSPC
+                    | Errno::FBIG
+                    | Errno::MFILE
+                    | Errno::NFILE
+                    | Errno::AGAIN,
+                ),
+            ) => Status::System,
             _ => Status::MountFailure,
         };
         Failure { status, message: error.to_string(), hint: error.hint() }
