@@ -8,6 +8,7 @@ pub mod disks;
 pub mod initramfs;
 pub mod kernels;
 pub mod modules;
+pub mod monitor;
 pub mod programs;
 pub mod qemu;
 pub mod suite;

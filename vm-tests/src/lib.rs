@@ -21,7 +21,8 @@
 //! | `SEALMOUNT_VM_JOBS=N` | machines to run at a time |
 //!
 //! Kernels are fetched once, to `target/vm/kernels/SERIES`; delete that to get newer ones.
-//! `target/vm/log` keeps the console of the last boot of each machine. `install-deps` installs the
+//! `target/vm/log` keeps the console of the last boot of each machine and, as `*.hung.console`, of
+//! the last one that hung before it was ready and was started again. `install-deps` installs the
 //! programs that the host side calls.
 #![forbid(unsafe_code)]
 

@@ -43,6 +43,8 @@ pub struct Machine {
     /// A program in the initramfs that takes over as process 1 once the modules are loaded. It must
     /// end up executing `vm-init`, which then runs the scenarios wherever it finds itself.
     pub takes_over: Option<&'static str>,
+    /// From starting QEMU to the first word of vm-init. Emulated on an idle machine: a few seconds.
+    pub boot_limit: Duration,
 }
 
 impl Machine {
@@ -55,6 +57,7 @@ impl Machine {
         disks: &[],
         command_line: |_| Ok(String::new()),
         takes_over: None,
+        boot_limit: Duration::from_secs(90),
     };
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use vm_tests::guest::FAULTS;
 use vm_tests::host::Lab;
 use vm_tests::host::kernels::{Kernel, Wanted};
-use vm_tests::host::qemu::{self, Verdict};
+use vm_tests::host::qemu::{self, Failure, Verdict};
 use vm_tests::scenario::Scenario;
 
 fn lab() -> Lab {
@@ -59,7 +59,53 @@ fn a_kernel_panic() {
 #[test]
 fn a_hang() {
     let lab = lab();
-    assert_says(&verdicts(&lab, "fault-halts"), "halts", "the machine hung, nothing came for 13s");
+    let verdicts = verdicts(&lab, "fault-halts");
+    assert_says(&verdicts, "halts", "the machine hung, nothing came for 13s");
+    assert_shows_processors(&verdicts["halts"].clone().unwrap_err().log);
+}
+
+#[track_caller]
+fn assert_shows_processors(log: &str) {
+    for words in ["--- processors when it hung", "CPU#0", "CPU#1", "RIP="] {
+        assert!(log.contains(words), "{words} is not in {log}");
+    }
+}
+
+/// As long as the processors are not halted for good, the kernel itself tells of them.
+#[track_caller]
+fn assert_shows_what_kernel_does(log: &str) {
+    assert_shows_processors(log);
+    for words in ["Kernel panic - not syncing: NMI", "Call Trace"] {
+        assert!(log.contains(words), "{words} is not in {log}");
+    }
+}
+
+#[test]
+fn a_hang_while_booting() {
+    let lab = lab();
+    let verdicts = verdicts(&lab, "fault-says-nothing");
+    let words =
+        "did not get ready: the machine hung, nothing came for 10s, twice. The first time: ";
+    assert_says(&verdicts, "says_nothing", words);
+    let Failure { message, log } = verdicts["says_nothing"].clone().unwrap_err();
+    assert_shows_what_kernel_does(&log);
+    let (_, first) = message.split_once("The first time: ").unwrap();
+    assert_shows_what_kernel_does(&fs::read_to_string(first).unwrap());
+}
+
+#[test]
+fn a_kernel_panic_after_the_last_result() {
+    let lab = lab();
+    let verdicts = verdicts(&lab, "fault-panics-at-the-end");
+    assert_says(&verdicts, "panics_at_the_end", "passed\nand then: Kernel panic");
+}
+
+#[test]
+fn a_hang_after_the_last_result() {
+    let lab = lab();
+    let verdicts = verdicts(&lab, "fault-halts-at-the-end");
+    assert_says(&verdicts, "halts_at_the_end", "passed\nand then: the machine was not off after");
+    assert_shows_processors(&verdicts["halts_at_the_end"].clone().unwrap_err().log);
 }
 
 #[test]

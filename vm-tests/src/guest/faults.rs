@@ -7,6 +7,7 @@ use crate::scenario::{Machine, Scenario};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::system::{RebootCommand, reboot};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 const SHORT: Duration = Duration::from_secs(3);
@@ -36,6 +37,19 @@ pub static FAULTS: &[Scenario] = &[
     Scenario { name: "halts", machine: &HALTS, time_limit: SHORT, run: halts },
     Scenario { name: "switches_off", machine: &SWITCHES_OFF, time_limit: SHORT, run: switches_off },
     Scenario { name: "has_no_init", machine: &HAS_NO_INIT, time_limit: SHORT, run: still_works },
+    Scenario { name: "says_nothing", machine: &SAYS_NOTHING, time_limit: SHORT, run: still_works },
+    Scenario {
+        name: "panics_at_the_end",
+        machine: &PANICS_AT_THE_END,
+        time_limit: SHORT,
+        run: |_| Ok(fs::write(AT_THE_END, "panic")?),
+    },
+    Scenario {
+        name: "halts_at_the_end",
+        machine: &HALTS_AT_THE_END,
+        time_limit: SHORT,
+        run: |_| Ok(fs::write(AT_THE_END, "halt")?),
+    },
 ];
 
 static SURVIVES: Machine = Machine { name: "fault-survives", ..Machine::BARE };
@@ -44,6 +58,34 @@ static HALTS: Machine = Machine { name: "fault-halts", ..Machine::BARE };
 static SWITCHES_OFF: Machine = Machine { name: "fault-switches-off", ..Machine::BARE };
 static HAS_NO_INIT: Machine =
     Machine { name: "fault-has-no-init", takes_over: Some("/no/such/program"), ..Machine::BARE };
+static SAYS_NOTHING: Machine = Machine {
+    name: "fault-says-nothing",
+    files: |_, root| {
+        let path = root.join("says-nothing");
+        fs::write(&path, format!("#!/init {SAY_NOTHING}\n"))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        Ok(())
+    },
+    takes_over: Some("/says-nothing"),
+    boot_limit: Duration::from_secs(10),
+    ..Machine::BARE
+};
+static PANICS_AT_THE_END: Machine = Machine { name: "fault-panics-at-the-end", ..Machine::BARE };
+static HALTS_AT_THE_END: Machine = Machine { name: "fault-halts-at-the-end", ..Machine::BARE };
+
+/// The argument with which vm-init does nothing at all.
+pub const SAY_NOTHING: &str = "--say-nothing";
+
+/// What a scenario has vm-init do instead of switching the machine off.
+const AT_THE_END: &str = "/at-the-end";
+
+pub fn at_the_end() {
+    match fs::read_to_string(AT_THE_END).as_deref() {
+        Ok("panic") => drop(fs::write("/proc/sysrq-trigger", "c")),
+        Ok("halt") => drop(reboot(RebootCommand::Halt)),
+        _ => {}
+    }
+}
 
 fn fails(_: &mut Guest) -> Result<(), Error> {
     Err("a message\nof two lines, with \u{201c}quotes\u{201d}".into())

@@ -2,6 +2,7 @@
 //! the machine.
 
 use super::kernels::Kernel;
+use super::monitor::Monitor;
 use super::programs::command;
 use super::{Lab, initramfs, say};
 use crate::guest::TOKEN;
@@ -12,18 +13,21 @@ use std::collections::hash_map::RandomState;
 use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::iter::Peekable;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// From starting QEMU to the first word of vm-init. Emulated on an idle machine: a few seconds.
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// How much later than the guest, which enforces a scenario's limit, the host gives up on the guest.
 const GRACE: Duration = Duration::from_secs(10);
 const OFF_LIMIT: Duration = Duration::from_secs(20);
+/// For a kernel's last words, over an emulated serial line.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(5);
 
 /// x86 kernels cut off what is longer.
 const COMMAND_LINE_LIMIT: usize = 2047;
@@ -39,7 +43,8 @@ pub struct Failure {
 pub type Verdict = Result<(), Failure>;
 
 /// Boots the kernel in the machine, runs the scenarios in their order and hands on each one's verdict,
-/// with its place in the list, as soon as it is known. Every scenario gets exactly one.
+/// with its place in the list, as soon as it is known. Every scenario gets exactly one. That of the
+/// last is known when the machine is off.
 pub fn run(
     lab: &Lab,
     kernel: &Kernel,
@@ -47,7 +52,7 @@ pub fn run(
     scenarios: &[&Scenario],
     mut report: impl FnMut(usize, Verdict),
 ) {
-    let mut left = scenarios.iter().copied().enumerate();
+    let mut left = scenarios.iter().copied().enumerate().peekable();
     if let Err(failure) = run_until_lost(lab, kernel, machine, &mut left, &mut report) {
         left.for_each(|(number, _)| report(number, Err(failure.clone())));
     }
@@ -58,33 +63,77 @@ fn run_until_lost<'a>(
     lab: &Lab,
     kernel: &Kernel,
     machine: &Machine,
-    scenarios: &mut impl Iterator<Item = (usize, &'a Scenario)>,
+    scenarios: &mut Peekable<impl Iterator<Item = (usize, &'a Scenario)>>,
     report: &mut impl FnMut(usize, Verdict),
 ) -> Result<(), Failure> {
-    let mut running = Running::start(lab, kernel, machine).map_err(|error| Failure {
-        message: format!("cannot start the machine: {error}"),
-        log: String::new(),
-    })?;
-    running.wait_until_ready(kernel).map_err(|message| running.failure(message))?;
+    let mut running = boot(lab, kernel, machine)?;
     let booted = running.started.elapsed();
-    for (number, scenario) in scenarios {
-        let (verdict, lost) = running.run(scenario);
-        report(number, verdict);
+    while let Some((number, scenario)) = scenarios.next() {
+        let (mut verdict, lost) = running.run(scenario);
         if lost {
+            report(number, verdict);
             return Err(
                 running.failure(format!("not run: the machine was lost in {}", scenario.name))
             );
         }
+        if scenarios.peek().is_none() {
+            let ran = running.started.elapsed() - booted;
+            if let Err(why) = running.switch_off() {
+                let earlier = verdict.err().map_or("passed".into(), |failure| failure.message);
+                verdict = Err(running.failure(format!("{earlier}\nand then: {why}")));
+            }
+            say(&format!(
+                "{} {}: booted in {:.1} s, ran for {:.1} s",
+                kernel.release,
+                machine.name,
+                booted.as_secs_f32(),
+                ran.as_secs_f32()
+            ));
+        }
+        report(number, verdict);
     }
-    say(&format!(
-        "{} {}: booted in {:.1} s, ran for {:.1} s",
-        kernel.release,
-        machine.name,
-        booted.as_secs_f32(),
-        (running.started.elapsed() - booted).as_secs_f32()
-    ));
-    running.switch_off();
     Ok(())
+}
+
+/// Starts the machine and waits until it is ready.
+///
+/// One that hangs before vm-init has said a word is started once more: an emulated machine has done
+/// that, once in some hundreds of boots, and nothing under test had run by then. A kernel that
+/// panics, a QEMU that ends and a vm-init that gives up are results.
+fn boot(lab: &Lab, kernel: &Kernel, machine: &Machine) -> Result<Running, Failure> {
+    let cannot_start = |error| Failure {
+        message: format!("cannot start the machine: {error}"),
+        log: String::new(),
+    };
+    let name = format!("{}-{}", kernel.release, machine.name);
+    let initramfs = initramfs::build(lab, kernel, machine).map_err(cannot_start)?;
+    let mut earlier = String::new();
+    loop {
+        let mut running =
+            Running::start(lab, &name, kernel, machine, &initramfs).map_err(cannot_start)?;
+        match running.wait_until_ready(kernel, machine.boot_limit) {
+            Ok(()) => return Ok(running),
+            Err(Silence::Hung(why)) if earlier.is_empty() => {
+                let kept = lab.kept("log").join(format!("{name}.hung.console"));
+                let _ = fs::rename(&running.console, &kept);
+                say(&format!(
+                    "{name} did not get ready: {why}; starting it once more. See {}",
+                    kept.display()
+                ));
+                earlier = format!(", twice. The first time: {}", kept.display());
+            }
+            Err(Silence::Hung(why) | Silence::Ended(why)) => {
+                let message = format!("the machine did not get ready: {why}{earlier}");
+                return Err(running.failure(message));
+            }
+        }
+    }
+}
+
+/// Why a machine says nothing more. It is off then.
+enum Silence {
+    Hung(String),
+    Ended(String),
 }
 
 /// A machine that was started; dropping it ends it.
@@ -92,7 +141,8 @@ struct Running {
     qemu: Child,
     started: Instant,
     token: String,
-    requests: ChildStdin,
+    requests: UnixStream,
+    monitor: Monitor,
     /// What the guest says, until QEMU ends.
     answers: Receiver<Result<Frame, NotAFrame>>,
     damaged: usize,
@@ -103,9 +153,13 @@ struct Running {
 }
 
 impl Running {
-    fn start(lab: &Lab, kernel: &Kernel, machine: &Machine) -> Result<Running, Error> {
-        let initramfs = initramfs::build(lab, kernel, machine)?;
-        let name = format!("{}-{}", kernel.release, machine.name);
+    fn start(
+        lab: &Lab,
+        name: &str,
+        kernel: &Kernel,
+        machine: &Machine,
+        initramfs: &Path,
+    ) -> Result<Running, Error> {
         let console = lab.kept("log").join(format!("{name}.console"));
         let complaints = lab.temporary(&format!("{name}.stderr"));
         // QEMU opens it only after a while, and an earlier boot's log must not pass for this one's.
@@ -114,8 +168,11 @@ impl Running {
         let token = format!("{:016x}", RandomState::new().build_hasher().finish());
         let words = (machine.command_line)(lab)?;
         let words = format!(
-            // An oops is a failure of the kernel, and a machine after one is good for nothing.
-            "console=ttyS0 quiet panic=-1 oops=panic {TOKEN}={token} {words}"
+            // An oops is a failure of the kernel, and a machine after one is good for nothing. The
+            // rest tells where a kernel hangs: what it says before it has its console, at an NMI,
+            // of all processors, and addresses that are those of its symbols.
+            "console=ttyS0 quiet panic=-1 oops=panic earlyprintk=ttyS0 unknown_nmi_panic \
+             panic_print=0x40 nokaslr {TOKEN}={token} {words}"
         );
         if words.len() > COMMAND_LINE_LIMIT {
             return Err(format!(
@@ -134,11 +191,13 @@ impl Running {
             .arg("-kernel")
             .arg(&kernel.image)
             .arg("-initrd")
-            .arg(&initramfs)
+            .arg(initramfs)
             .args(["-append", &words])
             .arg("-serial")
             .arg(format!("file:{}", escaped(&console)))
-            .args(["-chardev", "stdio,id=channel,signal=off", "-serial", "chardev:channel"]);
+            // Connections that it inherits need no names, which could be too long for a socket.
+            .args(["-chardev", "socket,id=channel,fd=0", "-serial", "chardev:channel"])
+            .args(["-chardev", "socket,id=monitor,fd=1", "-mon", "chardev=monitor,mode=control"]);
         for (number, disk) in machine.disks.iter().enumerate() {
             let image = lab.disk(disk)?;
             let (id, serial) = (format!("disk{number}"), disk.name);
@@ -150,16 +209,17 @@ impl Running {
                 ))
                 .args(["-device", &format!("virtio-blk-pci,drive={id},serial={serial}")]);
         }
-        let mut qemu = qemu
+        let (requests, requested) = UnixStream::pair()?;
+        let (monitor, monitored) = UnixStream::pair()?;
+        let qemu = qemu
             .env("TMPDIR", lab.temporary(""))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
+            .stdin(OwnedFd::from(requested))
+            .stdout(OwnedFd::from(monitored))
             .stderr(File::create(&complaints)?)
             .spawn()
             .context(|| "cannot start QEMU".into())?;
 
-        let requests = qemu.stdin.take().expect("it is piped");
-        let mut lines = BufReader::new(qemu.stdout.take().expect("it is piped"));
+        let mut lines = BufReader::new(requests.try_clone()?);
         let (sender, answers) = channel();
         let own_token = token.clone();
         thread::spawn(move || {
@@ -176,6 +236,7 @@ impl Running {
             started: Instant::now(),
             token,
             requests,
+            monitor: Monitor::new(monitor),
             answers,
             damaged: 0,
             console,
@@ -184,19 +245,17 @@ impl Running {
         })
     }
 
-    fn wait_until_ready(&mut self, kernel: &Kernel) -> Result<(), String> {
-        match self.answer(BOOT_LIMIT) {
-            Ok(Frame::Ready { release }) if release == kernel.release => Ok(()),
-            Ok(Frame::Ready { release }) => Err(format!(
-                "the machine runs {release}, its kernel's image says {}",
-                kernel.release
-            )),
-            Ok(Frame::Unfit { message }) => {
-                Err(format!("the machine did not get ready: {message}"))
+    fn wait_until_ready(&mut self, kernel: &Kernel, limit: Duration) -> Result<(), Silence> {
+        let why = match self.answer(limit)? {
+            Frame::Ready { release } if release == kernel.release => return Ok(()),
+            Frame::Ready { release } => {
+                format!("it runs {release}, and its kernel's image says {}", kernel.release)
             }
-            Ok(other) => Err(format!("the machine did not get ready, it said {other:?}")),
-            Err(why) => Err(format!("the machine did not get ready: {why}")),
-        }
+            Frame::Unfit { message } => message,
+            other => format!("it said {other:?}"),
+        };
+        self.kill();
+        Err(Silence::Ended(why))
     }
 
     /// The verdict, and whether the machine is lost.
@@ -213,12 +272,14 @@ impl Running {
             Ok(other) => {
                 (Err(self.failure(format!("no result; the machine said {other:?}"))), true)
             }
-            Err(why) => (Err(self.failure(format!("no result: {why}"))), true),
+            Err(Silence::Hung(why) | Silence::Ended(why)) => {
+                (Err(self.failure(format!("no result: {why}"))), true)
+            }
         }
     }
 
     /// The next frame; or why there is none, and then the machine is off.
-    fn answer(&mut self, limit: Duration) -> Result<Frame, String> {
+    fn answer(&mut self, limit: Duration) -> Result<Frame, Silence> {
         let deadline = Instant::now() + limit;
         loop {
             match self.answers.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -226,43 +287,69 @@ impl Running {
                 Ok(Err(NotAFrame::Noise)) => {}
                 Ok(Err(NotAFrame::Damaged)) => self.damaged += 1,
                 Err(why) => {
-                    let why = match why {
-                        RecvTimeoutError::Timeout => {
-                            format!("the machine hung, nothing came for {limit:?}")
-                        }
-                        RecvTimeoutError::Disconnected => self.why_it_ended(),
-                    };
-                    self.kill();
                     let damaged = match self.damaged {
                         0 => String::new(),
                         lines => format!(" ({lines} damaged lines were received)"),
                     };
-                    return Err(why + &damaged);
+                    if why == RecvTimeoutError::Disconnected {
+                        let why = self.why_it_ended();
+                        self.kill();
+                        return Err(Silence::Ended(why + &damaged));
+                    }
+                    self.log_where_it_hangs();
+                    return Err(Silence::Hung(format!(
+                        "the machine hung, nothing came for {limit:?}{damaged}"
+                    )));
                 }
             }
         }
     }
 
-    fn why_it_ended(&mut self) -> String {
-        let status = self.wait(OFF_LIMIT);
-        let log = self.log();
-        let panic = log.lines().find_map(|line| Some(&line[line.find("Kernel panic")?..]));
-        match (panic, status) {
-            (Some(panic), _) => panic.to_owned(),
-            (None, Some(status)) if status.success() => {
-                "the machine switched itself off or reset".into()
-            }
-            (None, status) => {
-                let complaints = fs::read_to_string(&self.complaints).unwrap_or_default();
-                let status = status.map_or("no exit status".into(), |status| status.to_string());
-                format!("QEMU ended ({status}): {}", complaints.trim())
-            }
+    /// Ends a machine that hangs; where its processors are is then at the end of the console.
+    fn log_where_it_hangs(&mut self) {
+        let registers = self.monitor.interrupt().unwrap_or_else(|error| error);
+        self.wait(LAST_WORDS_LIMIT);
+        self.kill();
+        if let Ok(mut console) = File::options().append(true).open(&self.console) {
+            let _ = write!(console, "\n--- processors when it hung\n{registers}");
         }
     }
 
-    fn switch_off(&mut self) {
+    fn why_it_ended(&mut self) -> String {
+        let status = self.wait(OFF_LIMIT);
+        match (self.kernel_panic(), status) {
+            (Some(panic), _) => panic,
+            (None, Some(status)) if status.success() => {
+                "the machine switched itself off or reset".into()
+            }
+            (None, status) => self.end_of_qemu(status),
+        }
+    }
+
+    fn end_of_qemu(&self, status: Option<ExitStatus>) -> String {
+        let complaints = fs::read_to_string(&self.complaints).unwrap_or_default();
+        let status = status.map_or("no exit status".into(), |status| status.to_string());
+        format!("QEMU ended ({status}): {}", complaints.trim())
+    }
+
+    /// Since the last scenario was started.
+    fn kernel_panic(&self) -> Option<String> {
+        let log = self.log_of_scenario();
+        log.lines().find_map(|line| Some(line[line.find("Kernel panic")?..].to_owned()))
+    }
+
+    /// Fails with what a kernel did that had nothing more to do than to switch off.
+    fn switch_off(&mut self) -> Result<(), String> {
         let _ = self.requests.write_all(Frame::Off.encode(&self.token).as_bytes());
-        self.wait(OFF_LIMIT);
+        let Some(status) = self.wait(OFF_LIMIT) else {
+            self.log_where_it_hangs();
+            return Err(format!("the machine was not off after {OFF_LIMIT:?}"));
+        };
+        match self.kernel_panic() {
+            Some(panic) => Err(panic),
+            None if status.success() => Ok(()),
+            None => Err(self.end_of_qemu(Some(status))),
+        }
     }
 
     fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
@@ -282,8 +369,12 @@ impl Running {
     }
 
     fn failure(&self, message: String) -> Failure {
+        Failure { message, log: self.log_of_scenario() }
+    }
+
+    fn log_of_scenario(&self) -> String {
         let log = self.log();
-        Failure { message, log: log.get(self.log_start..).unwrap_or(&log).to_owned() }
+        log.get(self.log_start..).unwrap_or(&log).to_owned()
     }
 
     fn log(&self) -> String {

@@ -1,0 +1,63 @@
+//! QEMU's monitor (QMP): asks where the processors of a machine are that says nothing any more.
+
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+/// QEMU answers at once, or hangs too.
+const LIMIT: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+pub struct Monitor {
+    connection: BufReader<UnixStream>,
+}
+
+impl Monitor {
+    pub fn new(connection: UnixStream) -> Monitor {
+        Monitor { connection: BufReader::new(connection) }
+    }
+
+    /// The registers of every processor, and then a non-maskable interrupt for each, at which the
+    /// kernel says on the console what it was doing (`unknown_nmi_panic`).
+    pub fn interrupt(&mut self) -> Result<String, String> {
+        self.connection.get_ref().set_read_timeout(Some(LIMIT)).map_err(|e| e.to_string())?;
+        self.ask(&json!({ "execute": "qmp_capabilities" }))?;
+        let registers = self.ask(&json!({
+            "execute": "human-monitor-command",
+            "arguments": { "command-line": "info registers -a" },
+        }))?;
+        self.ask(&json!({ "execute": "inject-nmi" }))?;
+        Ok(without_vectors(registers.as_str().unwrap_or_default()))
+    }
+
+    fn ask(&mut self, command: &Value) -> Result<Value, String> {
+        let failed = |error: &dyn std::fmt::Display| format!("no answer to {command}: {error}");
+        let connection = self.connection.get_mut();
+        connection.write_all(format!("{command}\n").as_bytes()).map_err(|error| failed(&error))?;
+        loop {
+            let mut line = String::new();
+            match self.connection.read_line(&mut line) {
+                Ok(0) => return Err(failed(&"the connection is closed")),
+                Ok(_) => {}
+                Err(error) => return Err(failed(&error)),
+            }
+            let answer: Value = serde_json::from_str(&line).map_err(|error| failed(&error))?;
+            // All else is a greeting or an event.
+            match (answer.get("return"), answer.get("error")) {
+                (Some(result), _) => return Ok(result.clone()),
+                (_, Some(error)) => return Err(failed(error)),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Those of vectors and floating point are many, and say nothing about where a kernel is.
+fn without_vectors(registers: &str) -> String {
+    let is_vector = |line: &&str| {
+        ["FCW=", "FPR", "XMM", "YMM", "ZMM", "Opmask"].iter().any(|name| line.starts_with(name))
+    };
+    let lines = registers.lines().map(str::trim_end).filter(|line| !line.is_empty());
+    lines.filter(|line| !is_vector(line)).map(|line| format!("{line}\n")).collect()
+}
