@@ -139,6 +139,31 @@ pub fn assert_is_manifest_mapped(root: &Path, first_id: u32) {
     }
 }
 
+/// What an image says of its root directory, which the manifest leaves out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Root {
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    pub mtime: i64,
+}
+
+/// That of both images.
+pub const ROOT: Root = Root { mode: 0o40755, uid: 0, gid: 0, mtime: 1_700_000_000 };
+
+/// The mount's root has these attributes, and no xattrs. Not so where there is an upper layer: the
+/// root is then its upperdir.
+pub fn assert_root_is(root: &Path, expected: Root) {
+    let metadata = fs::metadata(root).unwrap();
+    let found = Root {
+        mode: metadata.mode(),
+        uid: metadata.uid(),
+        gid: metadata.gid(),
+        mtime: metadata.mtime(),
+    };
+    assert_eq!((found, xattrs(root)), (expected, BTreeMap::new()));
+}
+
 /// The manifest's two names of one file are that. Only the V2 image has it so: mkcomposefs wrote two
 /// files of one content into the V1 image.
 pub fn assert_has_hard_link(root: &Path) {

@@ -1,7 +1,7 @@
 //! A mount as the scenarios look at it, and what a mount that is gone or was refused must not leave.
 
 use super::fixtures::{Fixture, HELPER, V2};
-use super::manifest::{assert_has_hard_link, assert_is_manifest};
+use super::manifest::{ROOT, assert_has_hard_link, assert_is_manifest, assert_root_is};
 use super::visible::{self, Mount};
 use crate::{Context, Error};
 use rustix::mount::{UnmountFlags, unmount};
@@ -66,8 +66,10 @@ impl Mounted {
         })
     }
 
+    /// Of a mount without upper layer.
     pub fn assert_shows(&self, fixture: &Fixture) {
         assert_is_manifest(&self.root);
+        assert_root_is(&self.root, ROOT);
         if fixture.name == V2.name {
             assert_has_hard_link(&self.root);
         }
