@@ -27,6 +27,7 @@ mod mounted;
 mod objects;
 mod parallel;
 mod pinned;
+mod probe;
 mod rungs;
 mod swap;
 mod system;
@@ -63,6 +64,7 @@ pub const TOKEN: &str = "vm-tests.token";
 pub fn scenarios() -> impl Iterator<Item = &'static Scenario> + Clone {
     [
         basics::SCENARIOS,
+        probe::SCENARIOS,
         trees::SCENARIOS,
         rungs::SCENARIOS,
         verity::SCENARIOS,

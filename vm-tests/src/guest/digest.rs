@@ -2,7 +2,7 @@
 
 use super::fixtures::{self, Fixture, V1, V2};
 use super::mounted::{self, MEMORIES, Traces, with_copy, with_digest, with_verity};
-use super::{Guest, basics::STANDARD};
+use super::{Guest, basics::STANDARD, probe};
 use crate::host::copy;
 use crate::scenario::Scenario;
 use crate::{Context, Error};
@@ -107,13 +107,25 @@ fn is_unverified(options: &MountOptions, image: &Path, reason: NotVerity) -> Res
     before.assert_same_now()
 }
 
+/// Those that fs-verity of a disk has; none where there is no fs-verity.
+fn known_algorithms(disk: &Path) -> Result<Vec<Algorithm>, Error> {
+    let mut known = Vec::new();
+    for algorithm in ALGORITHMS {
+        match probe::fs_verity(disk, algorithm)? {
+            true => known.push(algorithm),
+            false => println!("no fs-verity with {algorithm} on {}", disk.display()),
+        }
+    }
+    Ok(known)
+}
+
 /// The image has fs-verity: the kernel knows its digest, and the copy need not be hashed.
 fn by_kernel(guest: &mut Guest) -> Result<(), Error> {
-    for disk in ["ext4-verity", "btrfs"] {
-        let disk = fixtures::mount_objects(guest, disk)?;
+    for disk in fixtures::mount_each(guest, &["ext4-verity", "btrfs"])? {
+        let known = known_algorithms(&disk)?;
         for (fixture, algorithm) in [&V1, &V2]
             .into_iter()
-            .flat_map(|fixture| ALGORITHMS.map(|algorithm| (fixture, algorithm)))
+            .flat_map(|fixture| known.iter().map(move |algorithm| (fixture, *algorithm)))
         {
             let image = disk.join(format!("digest/{}.{algorithm}", fixture.name));
             copy(&fixture.image_in(&disk), &image)?;
@@ -151,14 +163,19 @@ fn by_copy(guest: &mut Guest) -> Result<(), Error> {
     for fixture in [&V1, &V2] {
         copy(&fixture.image_in(Path::new(INITRAMFS)), &fixture.image_in(&tmpfs))?;
     }
-    let places = [
+    let mut places = vec![
         (objects.clone(), NotVerity::Unsupported),
         (fixtures::mount_objects(guest, "fat")?, NotVerity::Unsupported),
         (tmpfs, NotVerity::Unsupported),
         (INITRAMFS.into(), NotVerity::Unsupported),
-        (fixtures::mount_objects(guest, "ext4-verity")?, NotVerity::NotEnabled),
-        (fixtures::mount_objects(guest, "btrfs")?, NotVerity::NotEnabled),
     ];
+    for disk in fixtures::mount_each(guest, &["ext4-verity", "btrfs"])? {
+        let reason = match known_algorithms(&disk)?.is_empty() {
+            true => NotVerity::Unsupported,
+            false => NotVerity::NotEnabled,
+        };
+        places.push((disk, reason));
+    }
     for (place, reason) in &places {
         for fixture in [&V1, &V2] {
             let image = fixture.image_in(place);
@@ -190,6 +207,7 @@ fn tmpfs() -> Result<PathBuf, Error> {
 /// In places that nothing but the digest protects: EROFS mounts all of these images.
 fn one_bit(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4-verity")?;
+    let known = known_algorithms(&disk)?;
     let tmpfs = tmpfs()?;
     for fixture in [&V1, &V2] {
         let content = fs::read(fixture.image_in(&disk))?;
@@ -210,6 +228,9 @@ fn one_bit(guest: &mut Guest) -> Result<(), Error> {
                         .context(|| name.clone())?;
                 }
 
+                if !known.contains(&algorithm) {
+                    continue;
+                }
                 let image = disk.join("digest").join(&name);
                 fs::create_dir_all(disk.join("digest"))?;
                 fs::write(&image, &damaged)?;

@@ -5,10 +5,12 @@ use super::{Guest, read};
 use crate::host::{Lab, copy_tree};
 use crate::scenario::Format;
 use crate::{Context, Error};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use sealmount::{Algorithm, Digest};
 use sealmount_sys::fsverity;
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -40,7 +42,9 @@ impl Fixture {
     pub fn copy_with_verity(&self, from: &Path, to: &Path) -> Result<(), Error> {
         copy_tree(&from.join(self.name), &to.join(self.name))?;
         for object in objects(&self.objects_in(to))? {
-            enable_verity(&object, self.digest()?.algorithm())?;
+            let algorithm = self.digest()?.algorithm();
+            enable_verity(&object, algorithm)
+                .context(|| format!("cannot enable {algorithm} fs-verity on {object:?}"))?;
         }
         Ok(())
     }
@@ -62,14 +66,13 @@ pub fn objects(directory: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(objects)
 }
 
-pub fn enable_verity(file: &Path, algorithm: Algorithm) -> Result<(), Error> {
+pub fn enable_verity(file: &Path, algorithm: Algorithm) -> Result<(), Errno> {
     let id = match algorithm {
         Algorithm::Sha256 => fsverity::HASH_ALG_SHA256,
         Algorithm::Sha512 => fsverity::HASH_ALG_SHA512,
     };
-    let open = File::open(file).context(|| file.display().to_string())?;
-    fsverity::enable(open, id)
-        .context(|| format!("cannot enable {algorithm} fs-verity on {}", file.display()))
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    fsverity::enable(rustix::fs::open(file, flags, Mode::empty())?, id)
 }
 
 /// Fills a disk or an initramfs with both images and their objects.
@@ -89,6 +92,18 @@ pub fn mount_objects(guest: &Guest, disk: &str) -> Result<PathBuf, Error> {
         _ => Format::Ext4,
     };
     guest.mount_disk(disk, format, MountFlags::empty())
+}
+
+/// Those of these disks, as [`mount_objects`], whose file system the kernel has.
+pub fn mount_each(guest: &Guest, disks: &[&str]) -> Result<Vec<PathBuf>, Error> {
+    let mut mounted = Vec::new();
+    for disk in disks {
+        match *disk == "btrfs" && !guest.has_file_system("btrfs")? {
+            true => println!("this kernel has no btrfs"),
+            false => mounted.push(mount_objects(guest, disk)?),
+        }
+    }
+    Ok(mounted)
 }
 
 /// A user namespace, as long as this value lives.

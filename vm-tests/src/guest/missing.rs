@@ -1,11 +1,11 @@
 //! What is not there: /proc, loop devices, modules, the right to write, or to change the kernel. Each
 //! ends in an error that says what is missing, or is worked around.
 
-use super::Guest;
 use super::fixtures::{self, V1};
 use super::manifest::assert_is_manifest;
 use super::system::{HELPER, SOLITARY, helper, no_loop_devices, refused, succeeded, unload};
 use super::visible::mounts;
+use super::{Guest, probe};
 use crate::scenario::{Machine, Scenario};
 use crate::{Context, Error};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 use sealmount::{Memory, MountOptions, Rung, Step, Verity};
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 pub const SCENARIOS: &[Scenario] = &[
@@ -50,30 +50,38 @@ fn mounts_whole(directory: &Path, copy: &str) -> Result<(), Error> {
     unmount(TREE, UnmountFlags::empty()).context(|| format!("cannot unmount {TREE}"))
 }
 
-/// Whether EROFS mounts files that are not on a tmpfs as they are.
-fn has_file_backed_mounts(guest: &Guest) -> Result<bool, Error> {
-    guest.kernel_at_least(6, 12)
+/// Those of the images' places from which EROFS mounts files as they are.
+fn without_loop_devices(disk: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut places = Vec::new();
+    for place in [disk, Path::new("/")] {
+        if probe::best_source(&V1.image_in(place))? != Rung::SourceByLoopDevice {
+            places.push(place.to_owned());
+        }
+    }
+    Ok(places)
 }
 
 /// Without loop devices, a file is mounted where the kernel can do without, and all else refused
-/// with the same words.
-fn needs_loop_devices(guest: &Guest, disk: &Path, said: &[&str]) -> Result<(), Error> {
-    refused(&try_mount(disk, ",copy")?, 2, said)?;
-    // On a tmpfs: whether a later kernel than those known mounts its files is for it to say.
-    let on_tmpfs = try_mount(Path::new("/"), "")?;
-    match guest.kernel_at_least(7, 4)? && on_tmpfs.status.success() {
-        true => unmount(TREE, UnmountFlags::empty())?,
-        false => refused(&on_tmpfs, 2, said)?,
+/// with the same words. A ramfs is as good as a disk.
+fn needs_loop_devices(disk: &Path, without: &[PathBuf], said: &[&str]) -> Result<(), Error> {
+    let root = Path::new("/");
+    for (place, copy, like) in [
+        (disk, "", disk),
+        (disk, ",copy=ramfs", disk),
+        (root, "", root),
+        (root, ",copy=ramfs", disk),
+    ] {
+        match without.iter().any(|place| place == like) {
+            true => mounts_whole(place, copy)?,
+            false => refused(&try_mount(place, copy)?, 2, said)?,
+        }
     }
-    match has_file_backed_mounts(guest)? {
-        true => mounts_whole(disk, ""),
-        false => refused(&try_mount(disk, "")?, 2, said),
-    }
+    refused(&try_mount(disk, ",copy")?, 2, said)
 }
 
 fn missing_proc(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "images")?;
-    let by_descriptor = guest.kernel_at_least(7, 3)?;
+    let by_descriptor = probe::best_source(&V1.image_in(&disk))? == Rung::SourceByDescriptor;
     fs::create_dir_all(TREE)?;
     unmount("/proc", UnmountFlags::DETACH)?;
     if Path::new("/proc/self").exists() {
@@ -145,10 +153,11 @@ fn make_loop_control(path: &Path) -> Result<(), Error> {
 
 fn missing_loop_control(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "images")?;
+    let without = without_loop_devices(&disk)?;
     empty_dev(false)?;
     needs_loop_devices(
-        guest,
         &disk,
+        &without,
         &["/dev/loop-control: ", "No such file or directory", "load the module loop"],
     )
 }
@@ -164,14 +173,15 @@ fn missing_loop_nodes(guest: &mut Guest) -> Result<(), Error> {
 
 fn missing_loop_module(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "images")?;
+    let without = without_loop_devices(&disk)?;
     let Some(_unloaded) = unload("loop")? else {
         return mounts_whole(&disk, ",copy");
     };
     let hint = "there are no loop devices: load the module loop";
-    needs_loop_devices(guest, &disk, &["/dev/loop-control: ", "No such file", hint])?;
+    needs_loop_devices(&disk, &without, &["/dev/loop-control: ", "No such file", hint])?;
     // Where nodes do not come and go with the drivers.
     empty_dev(true)?;
-    needs_loop_devices(guest, &disk, &["/dev/loop-control: ", "No such device", hint])
+    needs_loop_devices(&disk, &without, &["/dev/loop-control: ", "No such device", hint])
 }
 
 fn missing_erofs_module(guest: &mut Guest) -> Result<(), Error> {
@@ -231,8 +241,12 @@ fn missing_write_access(guest: &mut Guest) -> Result<(), Error> {
 fn missing_lockdown(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "images")?;
     let lockdown = Path::new("/sys/kernel/security/lockdown");
-    if !lockdown.exists() {
+    if guest.has_file_system("securityfs")? && !lockdown.exists() {
         mount("securityfs", "/sys/kernel/security", "securityfs", MountFlags::empty(), None)?;
+    }
+    if !lockdown.exists() {
+        println!("this kernel has no lockdown: nothing to show");
+        return Ok(());
     }
     fs::write(lockdown, "confidentiality").context(|| format!("cannot write {lockdown:?}"))?;
     let level = fs::read_to_string(lockdown)?;

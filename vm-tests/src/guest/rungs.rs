@@ -4,7 +4,7 @@
 use super::fixtures::{self, V1};
 use super::mounted::{self, TREE, Traces, with_copy, with_verity};
 use super::visible::mount_at;
-use super::{Guest, basics::STANDARD};
+use super::{Guest, basics::STANDARD, probe, verity::can_verify};
 use crate::Error;
 use crate::host::{copy, copy_tree};
 use crate::scenario::Scenario;
@@ -57,31 +57,19 @@ const LAYERS: &[Rung] = &[
     Rung::LowerLayersInOneString,
 ];
 
-/// From any disk the best that the kernel has; from a tmpfs, which the initramfs is too, a loop
-/// device on all. Of copies, a ramfs is as good as a disk, and a memfd goes to a loop device at once.
+/// From any disk the best that the kernel has; from a tmpfs, which the initramfs is too, up to 7.3 a
+/// loop device. Of copies, a ramfs is as good as a disk, and a memfd goes to a loop device at once.
 fn source(guest: &mut Guest) -> Result<(), Error> {
-    let best = if guest.kernel_at_least(7, 3)? {
-        Rung::SourceByDescriptor
-    } else if guest.kernel_at_least(6, 12)? {
-        Rung::SourceByPath
-    } else {
-        Rung::SourceByLoopDevice
-    };
-    let options = MountOptions::new(V1.objects_in(&fixtures::mount_objects(guest, "ext4")?));
-    let mut places = vec![(PathBuf::from("/mnt/ext4"), Some(best))];
-    for disk in ["ext4-verity", "btrfs", "fat"] {
-        places.push((fixtures::mount_objects(guest, disk)?, Some(best)));
-    }
-    // A kernel to come may mount files of a tmpfs too.
-    let in_memory = (!guest.kernel_at_least(7, 4)?).then_some(Rung::SourceByLoopDevice);
-    places.push((tmpfs()?, in_memory));
-    places.push(("/".into(), in_memory));
-    for (place, expected) in places {
+    let mut places = fixtures::mount_each(guest, &["ext4", "ext4-verity", "btrfs", "fat"])?;
+    let disk = places[0].clone();
+    let best = probe::best_source(&V1.image_in(&disk))?;
+    let options = MountOptions::new(V1.objects_in(&disk));
+    places.extend([tmpfs()?, "/".into()]);
+    for place in places {
         let image = V1.image_in(&place);
+        let expected = probe::best_source(&image)?;
         let mounted = mounted::mount(&options, &image)??;
-        let (not_taken, taken) = ladder(&mounted.steps, SOURCE);
-        let expected = expected.or(taken.first().copied()).ok_or("no rung was taken")?;
-        assert_eq!((not_taken, taken), took(SOURCE, expected), "{}", image.display());
+        assert_eq!(ladder(&mounted.steps, SOURCE), took(SOURCE, expected), "{}", image.display());
         mounted.unmount()?;
 
         let mounted = mounted::mount(&with_copy(&options, Memory::Ramfs), &image)??;
@@ -135,7 +123,7 @@ fn layers(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let mut options = MountOptions::new(V1.objects_in(&disk));
     let mounted = mounted::mount(&options, &V1.image_in(&disk))??;
-    assert_best_layers(guest, &mounted.steps)?;
+    assert_best_layers(&mounted.steps)?;
     mounted.unmount()?;
 
     let (upperdir, workdir) = (disk.join("rungs/upper"), disk.join("rungs/work"));
@@ -143,7 +131,7 @@ fn layers(guest: &mut Guest) -> Result<(), Error> {
     fs::create_dir_all(&workdir)?;
     options.upper = Some(UpperLayer { upperdir: upperdir.into(), workdir: workdir.into() });
     let mounted = mounted::mount(&options, &V1.image_in(&disk))??;
-    assert_best_layers(guest, &mounted.steps)?;
+    assert_best_layers(&mounted.steps)?;
     mounted.unmount()
 }
 
@@ -151,12 +139,15 @@ fn layers(guest: &mut Guest) -> Result<(), Error> {
 /// one climb down the ladder.
 fn tryverity(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4-verity")?;
+    if !can_verify(&V1, &disk)? {
+        return Ok(());
+    }
     let copy = disk.join("rungs");
     V1.copy_with_verity(&disk, &copy)?;
     let options = with_verity(&MountOptions::new(V1.objects_in(&copy)), Verity::Try);
     let mounted = mounted::mount(&options, &V1.image_in(&disk))??;
-    assert_best_layers(guest, &mounted.steps)?;
-    let expected = match guest.kernel_at_least(6, 6)? {
+    assert_best_layers(&mounted.steps)?;
+    let expected = match probe::overlayfs()?.verity {
         true => ObjectVerity::Enforced,
         false => ObjectVerity::UnsupportedByOverlay,
     };
@@ -211,7 +202,7 @@ fn took(ladder: &[Rung], rung: Rung) -> (Vec<Rung>, Vec<Rung>) {
     (above.collect(), vec![rung])
 }
 
-fn assert_best_layers(guest: &Guest, steps: &[Step]) -> Result<(), Error> {
+fn assert_best_layers(steps: &[Step]) -> Result<(), Error> {
     let (mut not_taken, taken) = ladder(steps, LAYERS);
     // Whose options are not its own to parse has nothing of what came with its parser: the one
     // answer is that of three rungs.
@@ -222,18 +213,6 @@ fn assert_best_layers(guest: &Guest, steps: &[Step]) -> Result<(), Error> {
     if old_parser && not_taken == [Rung::LayersByDescriptor] {
         not_taken = LAYERS[..3].to_vec();
     }
-    let best = if guest.kernel_at_least(6, 15)? {
-        Rung::LayersByDescriptor
-    } else if guest.kernel_at_least(6, 8)? {
-        Rung::LayersByPath
-    } else if taken == [Rung::LayersByPath] && guest.kernel_at_least(6, 5)? {
-        // The kernel's documentation names 6.8; some before it may have it too.
-        Rung::LayersByPath
-    } else if guest.kernel_at_least(6, 5)? {
-        Rung::LayersInOneString
-    } else {
-        Rung::LowerLayersInOneString
-    };
-    assert_eq!((not_taken, taken), took(LAYERS, best));
+    assert_eq!((not_taken, taken), took(LAYERS, probe::overlayfs()?.layers));
     Ok(())
 }

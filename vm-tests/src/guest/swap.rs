@@ -37,6 +37,12 @@ fn swap_takes_the_memfd(guest: &mut Guest) -> Result<(), Error> {
     make_swap_area(&area)?;
     let swap_path = CString::new(area.as_os_str().as_bytes())?;
     sealmount_sys::swap_on(&swap_path).context(|| "cannot swap".into())?;
+    // It would keep in memory, compressed, what is looked for on the disk.
+    let zswap = "/sys/module/zswap/parameters/enabled";
+    let had_zswap = fs::read(zswap).ok();
+    if had_zswap.is_some() {
+        fs::write(zswap, "N").context(|| format!("cannot write {zswap}"))?;
+    }
     let swappiness = fs::read("/proc/sys/vm/swappiness")?;
     fs::write("/proc/sys/vm/swappiness", "100")?;
     let hog = press(&before)?;
@@ -69,6 +75,7 @@ fn swap_takes_the_memfd(guest: &mut Guest) -> Result<(), Error> {
 
     sealmount_sys::swap_off(&swap_path)?;
     fs::write("/proc/sys/vm/swappiness", swappiness)?;
+    had_zswap.map_or(Ok(()), |enabled| fs::write(zswap, enabled))?;
     for copy in [memfd, ramfs] {
         unmount(&copy.mount_point, UnmountFlags::empty())?;
         fs::remove_dir(&copy.mount_point)?;

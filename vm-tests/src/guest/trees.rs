@@ -4,11 +4,11 @@ use super::fixtures::{self, Fixture, V1, V2};
 use super::manifest::{
     ROOT, Root, assert_has_hard_link, assert_is_manifest_mapped, assert_root_is,
 };
-use super::mounted::{self, TREE};
-use super::{Guest, basics::STANDARD};
+use super::mounted::{self, TREE, Traces};
+use super::{Guest, basics::STANDARD, probe};
 use crate::Error;
 use crate::scenario::Scenario;
-use sealmount::{Memory, MountOptions, UpperLayer};
+use sealmount::{Errno, Memory, MountOptions, Operation, UpperLayer};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -39,12 +39,17 @@ const FIRST_ID: u32 = 100_000;
 fn each_way(guest: &mut Guest, copy: Option<Memory>) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let user_namespace = fixtures::user_namespace(FIRST_ID)?;
+    let can_idmap = probe::idmap(&V1.image_in(&disk), &user_namespace.path())?;
     for fixture in [&V1, &V2] {
         for (upper, idmap) in [(false, false), (true, false), (false, true), (true, true)] {
             let mut options = MountOptions::new(fixture.objects_in(&disk));
             options.copy = copy;
             options.idmap = idmap.then(|| user_namespace.path().into());
             println!("{} upper={upper} idmap={idmap}", fixture.name);
+            if idmap && !can_idmap {
+                idmap_is_refused(fixture, &options, &disk)?;
+                continue;
+            }
             is_manifest(fixture, &options, &disk)?;
             if upper {
                 is_changed_in_upper_layer(fixture, &options, &disk)?;
@@ -53,7 +58,18 @@ fn each_way(guest: &mut Guest, copy: Option<Memory>) -> Result<(), Error> {
             }
         }
     }
-    root_is_the_images(&disk, copy, user_namespace.path())
+    root_is_the_images(&disk, copy, can_idmap.then(|| user_namespace.path()))
+}
+
+/// Before 5.19.
+fn idmap_is_refused(fixture: &Fixture, options: &MountOptions, disk: &Path) -> Result<(), Error> {
+    let before = Traces::now()?;
+    match mounted::mount(options, &fixture.image_in(disk))? {
+        Err(sealmount::Error::Kernel(error))
+            if (error.operation, error.errno) == (Operation::IdmapMount, Errno::INVAL) => {}
+        other => return Err(format!("idmap, which this kernel has not: {other:?}").into()),
+    }
+    before.assert_same_now()
 }
 
 fn is_manifest(fixture: &Fixture, options: &MountOptions, disk: &Path) -> Result<(), Error> {
@@ -101,7 +117,7 @@ fn is_changed_in_upper_layer(
 fn root_is_the_images(
     disk: &Path,
     copy: Option<Memory>,
-    user_namespace: PathBuf,
+    user_namespace: Option<PathBuf>,
 ) -> Result<(), Error> {
     let root = Root { mode: 0o41753, uid: 1001, gid: 1002, mtime: 1_234_567_890 };
     let mut image = fs::read(V2.image_in(disk))?;
@@ -117,7 +133,8 @@ fn root_is_the_images(
 
     let mut options = MountOptions::new(V2.objects_in(disk));
     options.copy = copy;
-    for (idmap, expected) in [(None, root), (Some(user_namespace.into()), mapped(root))] {
+    let idmapped = user_namespace.map(|path| (Some(path.into()), mapped(root)));
+    for (idmap, expected) in [(None, root)].into_iter().chain(idmapped) {
         options.idmap = idmap;
         let mounted = mounted::mount(&options, &path)??;
         assert_root_is(Path::new(TREE), expected);
