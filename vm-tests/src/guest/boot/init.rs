@@ -1,12 +1,13 @@
 //! The first stage: process 1 of an initramfs, after its modules are loaded.
 
-use super::{DIGEST, IMAGE, NOTES, OBJECTS};
+use super::{DIGEST, IMAGE, NO_VERITY, NOTES, OBJECTS};
 use crate::guest::{Guest, system};
 use crate::scenario::Format;
 use crate::{Context, Error};
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_move, unmount};
 use rustix::process::{chdir, chroot};
+use sealmount_sys::fsverity;
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -33,8 +34,13 @@ fn boot() -> Result<Infallible, Error> {
     for prefix in fs::read_dir(&objects)? {
         for object in fs::read_dir(prefix?.path())? {
             let object = File::open(object?.path())?;
-            sealmount_sys::fsverity::enable(object, sealmount_sys::fsverity::HASH_ALG_SHA256)
-                .context(|| "cannot enable fs-verity on an object".into())?;
+            match fsverity::enable(object, fsverity::HASH_ALG_SHA256) {
+                Ok(()) => {}
+                Err(errno @ (Errno::OPNOTSUPP | Errno::NOTTY)) => note(NO_VERITY, errno)?,
+                Err(errno) => {
+                    return Err(format!("cannot enable fs-verity on an object: {errno}").into());
+                }
+            }
         }
     }
     mount_root(&guest, &objects)?;
