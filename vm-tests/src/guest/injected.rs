@@ -1,20 +1,22 @@
 //! With real fs-verity: a system call that fails never ends in a mount that enforces less.
 //! tests/faults.rs has the other faults, and the other outcomes.
 
-use super::fixtures::{self, HELPER, V1};
+use super::fixtures::{self, Fixture, HELPER, V1, V2};
 use super::init::STOP_AND_EXECUTE;
-use super::manifest::assert_is_manifest;
+use super::manifest::{ROOT, assert_is_manifest, assert_root_is};
 use super::mounted::{TREE, Traces};
-use super::tracer::{self, Action, Decision, End};
+use super::tracer::{self, Action, Call, Decision, End};
+use super::verity::{assert_only_harmed, can_verify, contents};
 use super::visible::mount_at;
-use super::{Guest, basics::STANDARD, probe, verity::can_verify};
+use super::{Guest, basics::STANDARD, probe};
 use crate::Error;
 use crate::scenario::Scenario;
 use nix::errno::Errno;
 use nix::libc;
 use rustix::mount::{UnmountFlags, unmount};
+use sealmount::Rung;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -30,6 +32,12 @@ pub const SCENARIOS: &[Scenario] = &[
         machine: &STANDARD,
         time_limit: TIME_LIMIT,
         run: |guest| each_call_fails(guest, "by_copy", ",copy"),
+    },
+    Scenario {
+        name: "rungs_one_string",
+        machine: &STANDARD,
+        time_limit: Scenario::TIME_LIMIT,
+        run: one_string,
     },
 ];
 
@@ -52,6 +60,17 @@ const DECISIVE: [i64; 9] = [
 /// What a kernel or a file system answers that cannot, and one that must not.
 const ERRNOS: [Errno; 3] = [Errno::EINVAL, Errno::EOPNOTSUPP, Errno::EPERM];
 
+fn run_helper(
+    image: &Path,
+    arguments: &[&str],
+    decide: &mut dyn FnMut(&Call) -> Decision,
+) -> (End, String) {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(STOP_AND_EXECUTE).args([HELPER.as_ref(), image, TREE.as_ref()]);
+    command.args(arguments);
+    tracer::run(command, Duration::from_secs(60), decide)
+}
+
 fn each_call_fails(guest: &mut Guest, name: &str, options: &str) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4-verity")?;
     if !can_verify(&V1, &disk)? {
@@ -66,12 +85,8 @@ fn each_call_fails(guest: &mut Guest, name: &str, options: &str) -> Result<(), E
     let basedir = V1.objects_in(&place);
     let options = format!("basedir={},digest={}{options}", basedir.display(), V1.digest);
     fs::create_dir_all(TREE)?;
-    let run = |decide: &mut dyn FnMut(&tracer::Call) -> Decision| {
-        let mut command = Command::new("/proc/self/exe");
-        command.arg(STOP_AND_EXECUTE).args([HELPER.as_ref(), image.as_path(), TREE.as_ref()]);
-        command.args(["-o", &options]);
-        tracer::run(command, Duration::from_secs(60), decide)
-    };
+    let run =
+        |decide: &mut dyn FnMut(&Call) -> Decision| run_helper(&image, &["-o", &options], decide);
 
     let mut calls = Vec::new();
     let (end, text) = run(&mut |call| {
@@ -118,5 +133,91 @@ fn each_call_fails(guest: &mut Guest, name: &str, options: &str) -> Result<(), E
     }
     println!("{mounted} mounted, with verity=require; {refused} refused");
     assert!(refused > 0 && (mounted > 0) == can);
+    Ok(())
+}
+
+/// What fsconfig(2) is asked to do.
+const SET_STRING: u64 = 1;
+const SET_FD: u64 = 5;
+
+/// On Linux 6.5 and 6.6 overlayfs takes data-only layers, and all layers in one string only. Later
+/// ones take that too, if their answers to what came after are those of 6.5.
+fn as_linux_6_5(call: &Call) -> Decision {
+    let option = || call.text(2).unwrap_or_default();
+    let is_layer =
+        |option: &str| ["lowerdir+", "datadir+", "upperdir", "workdir"].contains(&option);
+    let answer = match (call.number, call.arguments[1]) {
+        (libc::SYS_fsconfig, SET_FD) if is_layer(&option()) => Action::Fail(Errno::EBADF),
+        (libc::SYS_fsconfig, SET_STRING) if option().ends_with("dir+") => {
+            Action::Fail(Errno::EINVAL)
+        }
+        _ => Action::Proceed,
+    };
+    answer.into()
+}
+
+fn one_string(guest: &mut Guest) -> Result<(), Error> {
+    let overlayfs = probe::overlayfs()?;
+    if overlayfs.layers == Rung::LowerLayersInOneString {
+        println!("this kernel has no data-only layers");
+        return Ok(());
+    }
+    let disk = fixtures::mount_objects(guest, "ext4-verity")?;
+    for fixture in [&V1, &V2] {
+        one_string_shows(fixture, &disk, "noverity")?;
+        let whole = contents()?;
+        unmount(TREE, UnmountFlags::empty())?;
+        if !overlayfs.verity || !can_verify(fixture, &disk)? {
+            continue;
+        }
+        let place = disk.join("one-string");
+        fixture.copy_with_verity(&disk, &place)?;
+        one_string_shows(fixture, &place, "verity")?;
+        let content = fs::read(Path::new(TREE).join("data/70000"))?;
+        unmount(TREE, UnmountFlags::empty())?;
+
+        // Another's content, with fs-verity: that is not looked at before it is read.
+        let objects = fixtures::objects(&fixture.objects_in(&place))?;
+        let is_it = |object: &&PathBuf| fs::read(object).is_ok_and(|found| found == content);
+        let object = objects.iter().find(is_it).ok_or("no object has the content")?;
+        let other = objects.iter().find(|other| *other != object).ok_or("only one object")?;
+        fs::remove_file(object)?;
+        fs::copy(other, object)?;
+        fixtures::enable_verity(object, fixture.digest()?.algorithm())?;
+        mount_in_one_string(fixture, &place, "verity")?;
+        assert_only_harmed(&contents()?, whole, &content, sealmount::Errno::IO);
+        unmount(TREE, UnmountFlags::empty())?;
+    }
+    Ok(())
+}
+
+fn one_string_shows(fixture: &Fixture, place: &Path, verity: &str) -> Result<(), Error> {
+    mount_in_one_string(fixture, place, verity)?;
+    assert_is_manifest(Path::new(TREE));
+    assert_root_is(Path::new(TREE), ROOT);
+    Ok(())
+}
+
+fn mount_in_one_string(fixture: &Fixture, place: &Path, verity: &str) -> Result<(), Error> {
+    fs::create_dir_all(TREE)?;
+    let objects = fixture.objects_in(place);
+    let options = format!("basedir={},{verity}", objects.display());
+    let (end, text) =
+        run_helper(&fixture.image_in(place), &["-v", "-o", &options], &mut as_linux_6_5);
+    println!("{options}: {end:?}\n{text}");
+    assert_eq!(end, End::Exited(0));
+    let taken = format!("{}: taken", Rung::LayersInOneString);
+    assert!(text.contains(&taken), "{taken:?} was not said");
+    let mount = mount_at(Path::new(TREE)).ok_or("not in mountinfo")?;
+    let data_only = format!("::{}", objects.display());
+    assert!(
+        mount
+            .options
+            .iter()
+            .any(|option| option.starts_with("lowerdir=") && option.ends_with(&data_only)),
+        "{mount:?}"
+    );
+    let is_enforced = mount.options.iter().any(|option| option == "verity=require");
+    assert_eq!(is_enforced, verity == "verity");
     Ok(())
 }

@@ -267,9 +267,15 @@ fn assert_only_unreadable(
     mounted.unmount()?;
     let mounted =
         mounted::mount(&MountOptions::new(fixture.objects_in(whole)), &fixture.image_in(whole))??;
-    let mut expected = contents()?;
+    let whole = contents()?;
     mounted.unmount()?;
+    assert_only_harmed(&found, whole, content, errno);
+    Ok(())
+}
 
+/// That what was read is what is in a whole tree, but for files of one content.
+pub fn assert_only_harmed(found: &Contents, whole: Contents, content: &[u8], errno: Errno) {
+    let mut expected = whole;
     let mut harmed = 0;
     for read in expected.values_mut().filter(|read| read.as_deref() == Ok(content)) {
         *read = Err(errno);
@@ -277,19 +283,18 @@ fn assert_only_unreadable(
     }
     assert!(harmed > 0, "the object is no file's");
     let names = |tree: &Contents| tree.keys().cloned().collect::<Vec<_>>();
-    assert_eq!(names(&found), names(&expected));
+    assert_eq!(names(found), names(&expected));
     for (path, read) in &expected {
         let sizes = |read: &Result<Vec<u8>, Errno>| read.as_ref().map(Vec::len).map_err(|e| *e);
         let both = (sizes(&found[path]), sizes(read));
         assert!(found[path] == *read, "{}: {both:?}", path.display());
     }
-    Ok(())
 }
 
-type Contents = BTreeMap<PathBuf, Result<Vec<u8>, Errno>>;
+pub type Contents = BTreeMap<PathBuf, Result<Vec<u8>, Errno>>;
 
 /// Every regular file of the mounted tree, twice read: what was refused once stays refused.
-fn contents() -> Result<Contents, Error> {
+pub fn contents() -> Result<Contents, Error> {
     let read = |path: &Path| {
         fs::read(path).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::PROTO))
     };
