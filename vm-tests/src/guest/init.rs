@@ -1,6 +1,6 @@
 //! Process 1: makes the machine ready, then runs what the host asks for.
 
-use super::{Guest, TOKEN, command_line, faults, first_stage, scenarios};
+use super::{Guest, TOKEN, command_line, faults, first_stage, parallel, scenarios};
 use crate::protocol::Frame;
 use crate::scenario::Scenario;
 use crate::{Context, Error};
@@ -32,6 +32,9 @@ pub fn main() {
     match &arguments[1..] {
         [flag, name] if flag == "--scenario" => be_scenario(name),
         [flag] if flag == "--user-namespace" => be_user_namespace(),
+        [flag] if flag == parallel::TAKE_LOOP_DEVICES => {
+            parallel::take_loop_devices().expect("loop devices can be taken");
+        }
         [flag, program, arguments @ ..] if flag == STOP_AND_EXECUTE => {
             nix::sys::signal::raise(nix::sys::signal::SIGSTOP).expect("a process may stop itself");
             panic!("{program}: {}", Command::new(program).args(arguments).exec());

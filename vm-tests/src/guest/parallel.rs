@@ -17,7 +17,6 @@ use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -30,8 +29,10 @@ pub const SCENARIOS: &[Scenario] = &[Scenario {
 
 const MOUNTS: usize = 64;
 const ROUNDS: usize = 10;
-/// How many others take loop devices meanwhile.
+/// How many other processes take loop devices meanwhile.
 const OTHERS: usize = 3;
+/// The argument with which vm-init is one of them.
+pub const TAKE_LOOP_DEVICES: &str = "--take-loop-devices";
 
 fn parallel_mounts(_: &mut Guest) -> Result<(), Error> {
     // The kernel has a line for every use of a loop device, and the console takes its time.
@@ -48,17 +49,18 @@ fn ten_rounds() -> Result<(), Error> {
     let without = probe::best_source(&image)? != Rung::SourceByLoopDevice;
     let least_devices = if without { MOUNTS / 2 } else { MOUNTS };
     let before = (mounts().len(), directories()?);
-    let taken = AtomicU32::new(0);
-    // Loop devices are made on demand and stay. This leaves as few as there are after booting, so
-    // that the first round runs short of them.
-    drop(unload("loop")?);
-    let free = fs::read_dir("/sys/block")?.flatten();
-    let free = free.filter(|entry| entry.file_name().as_bytes().starts_with(b"loop")).count();
-    if free >= MOUNTS {
-        return Err(format!("{free} loop devices are too many to run short").into());
-    }
+    let mut taken = 0;
     for round in 0..ROUNDS {
-        mount_among_others(round, least_devices, &taken)
+        // Loop devices are made on demand and stay. This leaves as few as there are after booting,
+        // so that every round runs short of them. Where they are built in, the first one does.
+        let is_new = unload("loop")?.is_some() || round == 0;
+        let free = fs::read_dir("/sys/block")?.flatten();
+        let free = free.filter(|entry| entry.file_name().as_bytes().starts_with(b"loop")).count();
+        println!("round {round}: {free} loop devices before");
+        if is_new && free >= MOUNTS {
+            return Err(format!("{free} loop devices are too many to run short").into());
+        }
+        taken += mount_among_others(round, least_devices)
             .context(|| format!("round {round} of {ROUNDS}"))?;
         no_loop_devices()?;
         let after = (mounts().len(), directories()?);
@@ -66,26 +68,34 @@ fn ten_rounds() -> Result<(), Error> {
             return Err(format!("mounts and directories: {before:?}, then {after:?}").into());
         }
     }
-    let taken = taken.into_inner();
     println!("others took a loop device {taken} times");
-    match taken >= MOUNTS as u32 {
+    match taken >= MOUNTS {
         true => Ok(()),
         false => Err("that is too little to come in anyone's way".into()),
     }
 }
 
-fn mount_among_others(round: usize, least_devices: usize, taken: &AtomicU32) -> Result<(), Error> {
-    let enough = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let other = |_| scope.spawn(|| take_loop_devices(&enough, taken));
-        let others: Vec<_> = (0..OTHERS).map(other).collect();
-        let result = mount_at_once(round, least_devices);
-        enough.store(true, Ordering::Relaxed);
-        for other in others {
-            other.join().map_err(|_| "another user of loop devices panicked")??;
-        }
-        result
-    })
+/// How many loop devices the others took.
+fn mount_among_others(round: usize, least_devices: usize) -> Result<usize, Error> {
+    let other = |_| {
+        Command::new("/proc/self/exe")
+            .arg(TAKE_LOOP_DEVICES)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context(|| "cannot start another user of loop devices".into())
+    };
+    let others = (0..OTHERS).map(other).collect::<Result<Vec<_>, Error>>()?;
+    let result = mount_at_once(round, least_devices);
+    let mut taken = 0;
+    for other in others {
+        // Its standard input is closed first: then it has taken enough.
+        let output = other.wait_with_output()?;
+        let count = String::from_utf8(output.stdout)?;
+        let said = || format!("another user of loop devices ended with {}", output.status);
+        taken += count.trim().parse::<usize>().context(said)?;
+    }
+    result.map(|()| taken)
 }
 
 /// Starts as many helpers, half of them with copy, looks at their mounts and unmounts them.
@@ -141,23 +151,26 @@ fn mount_at_once(round: usize, least_devices: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// What others do: takes a free loop device and lets go of it, and minds losing a race no more than
-/// anyone should.
-fn take_loop_devices(enough: &AtomicBool, taken: &AtomicU32) -> Result<(), Error> {
+/// What others do, until standard input is closed: take a free loop device and let go of it, and mind
+/// losing a race no more than anyone should. Tells how often it had one.
+pub fn take_loop_devices() -> Result<(), Error> {
+    let enough = thread::spawn(|| std::io::stdin().read_line(&mut String::new()));
     let control = File::options().read(true).write(true).open("/dev/loop-control")?;
     let backing = memfd_create("other", MemfdFlags::CLOEXEC)?;
     ftruncate(&backing, 4096)?;
-    while !enough.load(Ordering::Relaxed) {
+    let mut taken = 0;
+    while !enough.is_finished() {
         let number = match loop_device::get_free(&control) {
             Err(Errno::AGAIN | Errno::INTR) => continue,
             number => number?,
         };
         let Ok(device) = File::open(format!("/dev/loop{number}")) else { continue };
         if loop_device::configure(&device, &backing, 4096, b"other").is_ok() {
-            taken.fetch_add(1, Ordering::Relaxed);
+            taken += 1;
         }
         thread::sleep(Duration::from_millis(10));
     }
+    println!("{taken}");
     Ok(())
 }
 
