@@ -15,6 +15,7 @@
 
 mod basics;
 mod boot;
+mod copies;
 mod digest;
 mod faults;
 mod fixtures;
@@ -71,6 +72,7 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> + Clone {
         injected::SCENARIOS,
         digest::SCENARIOS,
         pinned::SCENARIOS,
+        copies::SCENARIOS,
         objects::SCENARIOS,
         boot::SCENARIOS,
         parallel::SCENARIOS,

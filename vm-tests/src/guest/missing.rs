@@ -1,8 +1,8 @@
 //! What is not there: /proc, loop devices, modules, the right to write, or to change the kernel. Each
 //! ends in an error that says what is missing, or is worked around.
 
-use super::fixtures::{self, V1};
-use super::manifest::assert_is_manifest;
+use super::fixtures::{self, Fixture, V1, V2};
+use super::manifest::{ROOT, assert_is_manifest, assert_root_is};
 use super::system::{HELPER, SOLITARY, helper, no_loop_devices, refused, succeeded, unload};
 use super::visible::mounts;
 use super::{Guest, probe};
@@ -36,18 +36,26 @@ const fn scenario(name: &'static str, run: fn(&mut Guest) -> Result<(), Error>) 
 
 const TREE: &str = "/mnt/tree";
 
-/// Mounts the image of a directory by the helper.
+/// Mounts the V1 image of a directory by the helper.
 fn try_mount(directory: &Path, copy: &str) -> Result<Output, Error> {
-    fs::create_dir_all(TREE)?;
-    let options = format!("basedir={}{copy}", V1.objects_in(directory).display());
-    helper(&V1.image_in(directory), Path::new(TREE), &options)
+    try_mount_of(&V1, directory, copy)
 }
 
-/// Mounts it, as [`try_mount`], which must work.
+fn try_mount_of(fixture: &Fixture, directory: &Path, copy: &str) -> Result<Output, Error> {
+    fs::create_dir_all(TREE)?;
+    let options = format!("basedir={}{copy}", fixture.objects_in(directory).display());
+    helper(&fixture.image_in(directory), Path::new(TREE), &options)
+}
+
+/// Mounts that of both formats, which must work.
 fn mounts_whole(directory: &Path, copy: &str) -> Result<(), Error> {
-    succeeded(&try_mount(directory, copy)?)?;
-    assert_is_manifest(Path::new(TREE));
-    unmount(TREE, UnmountFlags::empty()).context(|| format!("cannot unmount {TREE}"))
+    for fixture in [&V1, &V2] {
+        succeeded(&try_mount_of(fixture, directory, copy)?)?;
+        assert_is_manifest(Path::new(TREE));
+        assert_root_is(Path::new(TREE), ROOT);
+        unmount(TREE, UnmountFlags::empty()).context(|| format!("cannot unmount {TREE}"))?;
+    }
+    Ok(())
 }
 
 /// Those of the images' places from which EROFS mounts files as they are.
@@ -91,15 +99,15 @@ fn missing_proc(guest: &mut Guest) -> Result<(), Error> {
     mounts_whole(&disk, ",copy")?;
 
     // The path of a descriptor is out of reach: what does not need it is taken.
-    let source = |copy, objects: sealmount::Location| {
+    let source = |fixture: &Fixture, copy, objects: sealmount::Location| {
         let mut options = MountOptions::new(objects);
         options.copy = copy;
         if copy.is_some() {
-            options.digest = Some(V1.digest()?);
+            options.digest = Some(fixture.digest()?);
             options.verity = Some(Verity::Off);
         }
         let mut sources = Vec::new();
-        let image = File::open(V1.image_in(&disk))?;
+        let image = File::open(fixture.image_in(&disk))?;
         let mount = options.mount_with(image, &mut |step| {
             use Rung::{SourceByDescriptor, SourceByLoopDevice, SourceByPath};
             if let Step::Taken {
@@ -115,16 +123,18 @@ fn missing_proc(guest: &mut Guest) -> Result<(), Error> {
         Ok::<_, Error>(sources)
     };
     let expected = if by_descriptor { Rung::SourceByDescriptor } else { Rung::SourceByLoopDevice };
-    let objects = File::open(V1.objects_in(&disk))?;
-    let found = [
-        source(None, V1.objects_in(&disk).into())?,
-        source(None, objects.into())?,
-        source(Some(Memory::Ramfs), V1.objects_in(&disk).into())?,
-        source(Some(Memory::Memfd), V1.objects_in(&disk).into())?,
-    ];
-    let loop_device = Rung::SourceByLoopDevice;
-    if found != [expected, expected, expected, loop_device].map(|rung| vec![rung]) {
-        return Err(format!("without /proc the sources were {found:?}").into());
+    for fixture in [&V1, &V2] {
+        let objects = File::open(fixture.objects_in(&disk))?;
+        let found = [
+            source(fixture, None, fixture.objects_in(&disk).into())?,
+            source(fixture, None, objects.into())?,
+            source(fixture, Some(Memory::Ramfs), fixture.objects_in(&disk).into())?,
+            source(fixture, Some(Memory::Memfd), fixture.objects_in(&disk).into())?,
+        ];
+        let loop_device = Rung::SourceByLoopDevice;
+        if found != [expected, expected, expected, loop_device].map(|rung| vec![rung]) {
+            return Err(format!("without /proc the sources were {found:?}").into());
+        }
     }
 
     let other_namespace = Command::new(HELPER)

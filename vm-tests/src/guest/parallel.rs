@@ -23,7 +23,7 @@ use std::time::Duration;
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "parallel_mounts",
     machine: &SOLITARY,
-    time_limit: Duration::from_secs(180),
+    time_limit: Duration::from_secs(240),
     run: parallel_mounts,
 }];
 

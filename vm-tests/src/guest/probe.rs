@@ -84,6 +84,18 @@ fn erofs(image: &Path, source: Rung) -> Result<OwnedFd, Errno> {
     fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY)
 }
 
+/// Whether a mount can be made that follows no symbolic links (5.14).
+pub fn nosymfollow() -> Result<bool, Error> {
+    let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(&tmpfs)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW;
+    match fsmount(tmpfs, FsMountFlags::FSMOUNT_CLOEXEC, attributes) {
+        Ok(_) => Ok(true),
+        Err(Errno::INVAL) => Ok(false),
+        Err(errno) => Err(format!("cannot mount a tmpfs: {errno}").into()),
+    }
+}
+
 /// What overlayfs can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overlayfs {
