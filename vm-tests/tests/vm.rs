@@ -4,6 +4,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 use vm_tests::host::Lab;
 use vm_tests::host::kernels::Wanted;
 use vm_tests::host::suite::{Session, Suite};
@@ -33,10 +34,12 @@ fn run() -> Result<ExitCode, Error> {
         Trial::test(name.clone(), move || verdict(&session.expect("the test is selected"), &name))
     };
     let trials = suite.tests.iter().map(|test| trial(&test.name)).collect();
+    let started = Instant::now();
     let conclusion = libtest_mimic::run(&arguments, trials);
     // Every result is there, but the last machine may not be off, nor its files removed.
     if let Some(session) = session {
         session.finish();
+        eprintln!("vm-tests: {} s in all", started.elapsed().as_secs());
     }
     Ok(conclusion.exit_code())
 }
