@@ -2,6 +2,7 @@
 //! and whom to trust, and its state is left alone.
 
 use super::programs::{self, command, output};
+use super::say;
 use crate::{Context, Error};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,12 @@ use std::process::Command;
 
 /// The releases that have the kernels of [`super::kernels::DEFAULT_SERIES`], and more.
 const SUITES: &[&str] = &["bookworm", "trixie", "trixie-backports", "forky"];
+
+/// From the mirror of security updates, if the machine has one: backports have none of their own.
+const SECURITY_SUITES: &[&str] = &["bookworm-security", "trixie-security", "forky-security"];
+
+const NOT_TO_FETCH: &str = "SEALMOUNT_VM_KERNELS names no directories with kernels, and Debian's \
+    cannot be fetched";
 
 /// Names by which a machine's sources mean Debian itself, as opposed to its security archive or
 /// someone else's packages.
@@ -34,17 +41,21 @@ const KEYRINGS: &[&str] = &[
 #[derive(Debug)]
 pub struct Apt {
     configuration: PathBuf,
+    /// What it said of package lists that it could not fetch.
+    complaint: Option<String>,
 }
 
 impl Apt {
     /// Makes the configuration in `dir` and fetches the package lists.
     pub fn update(dir: &Path) -> Result<Apt, Error> {
-        programs::check_these(programs::NEEDED_TO_FETCH)?;
+        programs::check_these(programs::NEEDED_TO_FETCH).context(|| NOT_TO_FETCH.into())?;
         let sources = machine_sources();
-        let mirror = debian_mirror(&sources).ok_or(
-            "apt's sources name no Debian mirror to fetch kernels from; \
-             name directories with kernels in SEALMOUNT_VM_KERNELS instead",
-        )?;
+        let mirror = debian_mirror(&sources).context(|| NOT_TO_FETCH.into())?;
+        let security = security_mirror(&sources);
+        let mut text = mirror.with_suites(SUITES);
+        if let Some(security) = security {
+            text += &format!("\n{}", security.with_suites(SECURITY_SUITES));
+        }
         for part in ["state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(dir.join(part))
                 .context(|| format!("cannot make {part} in {}", dir.display()))?;
@@ -55,12 +66,21 @@ impl Apt {
             Ok::<_, Error>(path)
         };
         write("status", "")?;
-        write("debian.sources", &mirror.with_suites(SUITES))?;
+        write("debian.sources", &text)?;
         let configuration = write("apt.conf", &configuration(dir))?;
-        let apt = Apt { configuration };
-        output(apt.command("apt-get").arg("update"))
-            .context(|| "cannot fetch package lists".into())?;
+        let mut apt = Apt { configuration, complaint: None };
+        // A mirror need not have every suite, and what it has may be enough.
+        if let Err(error) = output(apt.command("apt-get").arg("update")) {
+            say(&format!("not all package lists could be fetched: {error}"));
+            apt.complaint = Some(error.to_string());
+        }
         Ok(apt)
+    }
+
+    /// Why a package may not be there that ought to be.
+    pub fn complaint(&self) -> String {
+        let complaint = self.complaint.as_ref();
+        complaint.map_or(String::new(), |why| format!(", of which not all could be read: {why}"))
     }
 
     /// The names of all packages that start with `prefix`.
@@ -218,13 +238,23 @@ impl Source {
 }
 
 /// The first source that is Debian itself.
-fn debian_mirror(sources: &[Source]) -> Option<&Source> {
-    let is_debian = |source: &&Source| {
+fn debian_mirror(sources: &[Source]) -> Result<&Source, Error> {
+    mirror(sources, "").ok_or("apt's sources name no Debian mirror".into())
+}
+
+/// The first source that is Debian's security archive.
+fn security_mirror(sources: &[Source]) -> Option<&Source> {
+    mirror(sources, "-security")
+}
+
+fn mirror<'a>(sources: &'a [Source], suffix: &str) -> Option<&'a Source> {
+    let is_of_release =
+        |suite: &String| suite.strip_suffix(suffix).is_some_and(|name| RELEASES.contains(&name));
+    sources.iter().find(|source| {
         !source.uris.is_empty()
             && source.components.iter().any(|component| component == "main")
-            && source.suites.iter().any(|suite| RELEASES.contains(&suite.as_str()))
-    };
-    sources.iter().find(is_debian)
+            && source.suites.iter().any(is_of_release)
+    })
 }
 
 fn machine_sources() -> Vec<Source> {
@@ -310,6 +340,8 @@ Components: main
         let again = deb822_source(&stanzas(&written)[0]).unwrap();
         assert_eq!(again.uris, ["https://mirror.example/debian"]);
         assert_eq!(again.suites, ["a", "b"]);
+        let security = security_mirror(&sources).unwrap();
+        assert_eq!(security.uris, ["https://security.example/debian-security"]);
         assert_eq!(again.signed_by.unwrap(), "\n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n key");
     }
 
@@ -323,6 +355,7 @@ Components: main
         assert_eq!(sources.len(), 2);
         let mirror = debian_mirror(&sources).unwrap();
         assert_eq!(mirror.uris, ["http://d.example/debian"]);
+        assert_eq!(security_mirror(&sources), None);
         assert_eq!(mirror.signed_by.as_deref(), Some("/keys/d.gpg"));
     }
 

@@ -21,6 +21,35 @@ pub fn build(package: &str, name: &str, target_dir: &Path) -> Result<PathBuf, Er
         // So that these builds do not differ from one test run to the next and stay cached.
         .env_remove("RUSTFLAGS");
     output(&mut cargo)
+        .map_err(with_hint)
         .context(|| format!("cannot build the static {name} of package {package}"))?;
     Ok(target_dir.join(TARGET).join("release").join(name))
+}
+
+/// What to install, if that is what is wrong.
+fn with_hint(error: Error) -> Error {
+    let message = error.to_string();
+    match message.contains("cannot find -l") || message.contains("unable to find library -l") {
+        true => format!(
+            "{message}\nStatic libraries are missing. Install libc.a: on Debian, the package \
+             libc6-dev; on Fedora, glibc-static"
+        )
+        .into(),
+        false => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::programs::command;
+
+    #[test]
+    fn a_missing_library_is_to_be_installed() {
+        let missing = output(command("cc").args(["-static", "-lno-such-library"])).unwrap_err();
+        let message = with_hint(missing).to_string();
+        assert!(message.contains("libc6-dev"), "{message}");
+        let other = output(command("cc").arg("/no/such/file.c")).unwrap_err();
+        assert!(!with_hint(other).to_string().contains("libc6-dev"));
+    }
 }

@@ -147,7 +147,11 @@ fn fetched(lab: &Lab, series: &str) -> Result<Kernel, Error> {
     let apt = apt.as_ref().expect("it was set");
     let names = apt.names("linux-image-")?;
     let newest = newest(&names, series).ok_or_else(|| {
-        format!("the mirror has no linux-image-{series}…{FLAVOUR}; see SEALMOUNT_VM_SERIES")
+        let lists = apt.complaint();
+        format!(
+            "there is no linux-image-{series}…{FLAVOUR} in the mirror's package lists{lists}; \
+             see SEALMOUNT_VM_SERIES and SEALMOUNT_VM_KERNELS"
+        )
     })?;
     let packages = apt.with_parts(newest)?;
     say(&format!("fetching {}", packages.join(", ")));

@@ -141,6 +141,9 @@ impl Modules {
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
     let what = || format!("cannot read {}", path.display());
     match path.extension().and_then(|extension| extension.to_str()) {
+        Some("gz") => {
+            output(command("gzip").args(["--decompress", "--stdout"]).arg(path)).context(what)
+        }
         Some("xz") => {
             output(command("xz").args(["--decompress", "--stdout"]).arg(path)).context(what)
         }
@@ -212,6 +215,23 @@ kernel/b.ko: kernel/a.ko
     #[test]
     fn a_cycle_ends() {
         assert_eq!(order(&["a"]).0, ["b", "a"]);
+    }
+
+    #[test]
+    fn however_it_is_compressed_it_is_read() {
+        let dir = std::env::temp_dir().join(format!("vm-tests-modules-{}", std::process::id()));
+        fs::create_dir(&dir).unwrap();
+        let plain = dir.join("module.ko");
+        fs::write(&plain, b"\x7fELF").unwrap();
+        for (program, suffix) in [("gzip", "gz"), ("xz", "xz"), ("zstd", "zst")] {
+            output(command(program).arg("--keep").arg("--quiet").arg(&plain)).unwrap();
+            let compressed = dir.join(format!("module.ko.{suffix}"));
+            assert_eq!(read(&compressed).unwrap(), b"\x7fELF");
+        }
+        assert_eq!(read(&plain).unwrap(), b"\x7fELF");
+        fs::rename(&plain, dir.join("module.ko.br")).unwrap();
+        assert!(read(&dir.join("module.ko.br")).is_err());
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     proptest! {

@@ -14,6 +14,7 @@ const NEEDED: &[(&str, &str)] = &[
     ("mkfs.vfat", "dosfstools"),
     ("mcopy", "mtools"),
     ("depmod", "kmod"),
+    ("gzip", "gzip"),
     ("xz", "xz-utils"),
     ("zstd", "zstd"),
     ("setpriv", "util-linux"),
