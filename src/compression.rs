@@ -2,9 +2,11 @@
 //! keep.
 
 use std::fmt;
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 
+use crate::allocation::filled;
 use crate::image::read_at;
 
 /// How an image is compressed.
@@ -50,53 +52,97 @@ const WINDOW_LOG_MAX: u32 = 27;
 
 /// What is in a compressed file: all its frames, streams or members, one after the other. Garbage
 /// behind them, a wrong checksum or an end before the end is an error. No more than `size` bytes of the
-/// file are read: one that grows has no end.
-///
-/// `None`: this build has no decoder for it.
+/// file are read: one that grows has no end. The format [is supported](is_supported).
 #[allow(unreachable_patterns, unused_variables)] // Without some of the features.
 pub(crate) fn decoder(
     format: Compression,
     file: &OwnedFd,
     size: u64,
-) -> Option<io::Result<Box<dyn Read + '_>>> {
-    let reader = FileReader { file, offset: 0 }.take(size);
+) -> io::Result<Box<dyn Read + '_>> {
+    let reader = FileReader::new(file, size)?;
     match format {
         #[cfg(feature = "zstd")]
-        Compression::Zstd => Some(zstd_decoder(reader)),
+        Compression::Zstd => zstd_decoder(reader),
         #[cfg(feature = "xz")]
-        Compression::Xz => Some(xz_decoder(reader)),
+        Compression::Xz => xz_decoder(reader),
         #[cfg(feature = "gzip")]
-        Compression::Gzip => Some(Ok(Box::new(flate2::read::MultiGzDecoder::new(reader)))),
-        _ => None,
+        Compression::Gzip => Ok(gzip_decoder(reader)),
+        _ => Err(io::ErrorKind::Unsupported.into()),
+    }
+}
+
+/// Whether this build has a decoder for it.
+pub(crate) fn is_supported(format: Compression) -> bool {
+    match format {
+        Compression::Zstd => cfg!(feature = "zstd"),
+        Compression::Xz => cfg!(feature = "xz"),
+        Compression::Gzip => cfg!(feature = "gzip"),
     }
 }
 
 #[cfg(feature = "zstd")]
-fn zstd_decoder(reader: io::Take<FileReader<'_>>) -> io::Result<Box<dyn Read + '_>> {
-    let mut decoder = zstd::stream::read::Decoder::new(reader)?;
+fn zstd_decoder(reader: FileReader<'_>) -> io::Result<Box<dyn Read + '_>> {
+    let mut decoder = zstd::stream::read::Decoder::with_buffer(reader)?;
     decoder.window_log_max(WINDOW_LOG_MAX)?;
     Ok(Box::new(decoder))
 }
 
 #[cfg(feature = "xz")]
-fn xz_decoder(reader: io::Take<FileReader<'_>>) -> io::Result<Box<dyn Read + '_>> {
+fn xz_decoder(reader: FileReader<'_>) -> io::Result<Box<dyn Read + '_>> {
     use liblzma::stream::{CONCATENATED, Stream};
     // A little more than the window is needed besides.
     let memory_limit = (1 << WINDOW_LOG_MAX) + (1 << 20);
     let stream = Stream::new_stream_decoder(memory_limit, CONCATENATED)?;
-    Ok(Box::new(liblzma::read::XzDecoder::new_stream(reader, stream)))
+    Ok(Box::new(liblzma::bufread::XzDecoder::new_stream(reader, stream)))
 }
 
-/// Reads a file from its start, whatever the position of its descriptor, which others may share.
+#[cfg(feature = "gzip")]
+fn gzip_decoder(reader: FileReader<'_>) -> Box<dyn Read + '_> {
+    Box::new(flate2::bufread::MultiGzDecoder::new(reader))
+}
+
+/// Reads a file from its start to `end`, whatever the position of its descriptor, which others may
+/// share.
 struct FileReader<'a> {
     file: &'a OwnedFd,
+    /// Where the next bytes for the buffer are.
     offset: u64,
+    end: u64,
+    buffer: Vec<u8>,
+    /// What of the buffer has been read from the file and not from this.
+    unread: Range<usize>,
+}
+
+impl FileReader<'_> {
+    /// As large as libzstd advises, for a block of it.
+    const BUFFER_SIZE: usize = (128 << 10) + 3;
+
+    fn new(file: &OwnedFd, end: u64) -> io::Result<FileReader<'_>> {
+        let buffer = filled(FileReader::BUFFER_SIZE, 0)?;
+        Ok(FileReader { file, offset: 0, end, buffer, unread: 0..0 })
+    }
 }
 
 impl Read for FileReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let length = read_at(self.file, buffer, self.offset)?;
-        self.offset += length as u64;
+        let length = self.fill_buf()?.read(buffer)?;
+        self.consume(length);
         Ok(length)
+    }
+}
+
+impl BufRead for FileReader<'_> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.unread.is_empty() {
+            let wanted = (self.end - self.offset).min(self.buffer.len() as u64) as usize;
+            let length = read_at(self.file, &mut self.buffer[..wanted], self.offset)?;
+            self.offset += length as u64;
+            self.unread = 0..length;
+        }
+        Ok(&self.buffer[self.unread.clone()])
+    }
+
+    fn consume(&mut self, length: usize) {
+        self.unread.start += length;
     }
 }

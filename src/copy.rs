@@ -3,10 +3,12 @@
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::io::{Errno, retry_on_intr};
 
+use crate::allocation::{STACK_SIZE, buffers, filled, room_for_threads};
 use crate::digest::{Algorithm, Digest, Hash, MerkleTree, SpanHasher};
 use crate::error::{Error, KernelError, Operation};
 use crate::image::{Image, read_at};
@@ -20,9 +22,6 @@ pub(crate) const PIECE_SIZE: usize = 64 * 1024;
 
 /// Writes into one file take turns, which leaves nothing to do for more threads than this.
 const THREADS_MAX: usize = 8;
-
-/// Several times what hashing needs, without optimization too.
-const STACK_SIZE: usize = 128 * 1024;
 
 /// Copies an image into memory of this kind and of at most `limit` bytes, and seals it; with
 /// `expected`, only if that is its digest.
@@ -68,19 +67,24 @@ fn copy(
 ) -> Result<Vec<Hash>, Error> {
     // Without an algorithm the spans are but a way to share the work.
     let tree = MerkleTree::new(algorithm.unwrap_or(Algorithm::Sha256), image.size);
+    let spans = image.size.div_ceil(tree.span_size() as u64) as usize;
+    let no_memory = |errno| KernelError::new(Operation::TakeMemory, errno).on(&image.name);
+    let hashes = Hashes::of(spans).map_err(no_memory)?;
+    let mut buffers = buffers(threads().min(spans.max(1)), PIECE_SIZE).into_iter();
+    let own_buffer = buffers.next().ok_or(Errno::NOMEM).map_err(no_memory)?;
+    let helpers = room_for_threads(buffers.len()).map_err(no_memory)?;
+
     let next = AtomicU64::new(0);
     let done = AtomicU64::new(0);
-    let work = |progress: &mut dyn FnMut(u64)| -> Result<Vec<(u64, Hash)>, Error> {
-        let mut buffer = vec![0; PIECE_SIZE];
-        let mut hashes = Vec::new();
+    let work = |mut buffer: Vec<u8>, progress: &mut dyn FnMut(u64)| -> Result<(), Error> {
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
-            let Some(span) = tree.span(number) else { return Ok(hashes) };
+            let Some(span) = tree.span(number) else { return Ok(()) };
             let size = span.end - span.start;
             let hasher = algorithm.map(|_| tree.span_hasher());
             match copy_span(image, memory, span, &mut buffer, hasher) {
                 Ok(hash) => {
-                    hashes.extend(hash.map(|hash| (number, hash)));
+                    hash.inspect(|hash| hashes.set(number, *hash));
                     progress(done.fetch_add(size, Ordering::Relaxed) + size);
                 }
                 Err(error) => {
@@ -91,17 +95,36 @@ fn copy(
             }
         }
     };
-    let spans = image.size.div_ceil(tree.span_size() as u64);
-    let helpers = threads().min(spans as usize).saturating_sub(1);
-    let hashes =
-        in_threads(helpers, &|| work(&mut |_| {}), || work(&mut |done| progress.at(done)))?;
+    let work = &work;
+    let helpers = buffers.take(helpers).map(|buffer| move || work(buffer, &mut |_| {}));
+    in_threads(helpers, || work(own_buffer, &mut |done| progress.at(done)))?;
 
     let behind = read_at(&image.file, &mut [0], image.size)
         .map_err(|errno| KernelError::new(Operation::ReadImage, errno).on(&image.name))?;
     if behind > 0 {
         return Err(Error::ImageChanged { image: image.name.clone() });
     }
-    Ok(hashes)
+    Ok(hashes.into_inner())
+}
+
+/// The hashes of the spans, which come in any order.
+pub(crate) struct Hashes(Mutex<Vec<Hash>>);
+
+impl Hashes {
+    pub fn of(spans: usize) -> Result<Hashes, Errno> {
+        Ok(Hashes(Mutex::new(filled(spans, [0; 64])?)))
+    }
+
+    pub fn set(&self, span: u64, hash: Hash) {
+        let mut hashes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(place) = hashes.get_mut(span as usize) {
+            *place = hash;
+        }
+    }
+
+    pub fn into_inner(self) -> Vec<Hash> {
+        self.0.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// How many threads are of use.
@@ -109,32 +132,41 @@ pub(crate) fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX)
 }
 
-/// Runs `work` in `helpers` threads, and `own_work` in this one; returns the hashes of the spans in
-/// the order of their numbers. Where no thread can be had, the others do the work.
-pub(crate) fn in_threads(
-    helpers: usize,
-    work: &(impl Fn() -> Result<Vec<(u64, Hash)>, Error> + Sync),
-    own_work: impl FnOnce() -> Result<Vec<(u64, Hash)>, Error>,
-) -> Result<Vec<Hash>, Error> {
-    let mut hashes = std::thread::scope(|scope| {
-        let helpers: Vec<_> = (0..helpers)
-            .map_while(|_| {
+/// Does what each of `helpers` does in a thread, and `own_work` in this one. Where no thread can be
+/// had, the others do the work.
+pub(crate) fn in_threads<Work>(
+    helpers: impl Iterator<Item = Work>,
+    own_work: impl FnOnce() -> Result<(), Error>,
+) -> Result<(), Error>
+where
+    Work: FnOnce() -> Result<(), Error> + Send,
+{
+    let this = std::thread::current();
+    let started = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let (this, started) = (&this, &started);
+        let helpers: Vec<_> = helpers
+            .map_while(|work| {
                 let thread = std::thread::Builder::new().stack_size(STACK_SIZE);
+                let work = move || {
+                    started.fetch_add(1, Ordering::Release);
+                    this.unpark();
+                    work()
+                };
                 thread.spawn_scoped(scope, work).ok()
             })
             .collect();
+        // Until each has the memory that it takes to start: `own_work` may take what is left.
+        while started.load(Ordering::Acquire) < helpers.len() {
+            std::thread::park();
+        }
         let mut result = own_work();
         for helper in helpers {
-            let more = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            result = result.and_then(|mut hashes| {
-                hashes.extend(more?);
-                Ok(hashes)
-            });
+            let other = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            result = result.and(other);
         }
         result
-    })?;
-    hashes.sort_unstable_by_key(|(number, _)| *number);
-    Ok(hashes.into_iter().map(|(_, hash)| hash).collect())
+    })
 }
 
 fn copy_span(

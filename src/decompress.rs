@@ -2,12 +2,14 @@
 
 use std::io::{ErrorKind, Read};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::mpsc::{self, TrySendError};
 use std::sync::{Mutex, PoisonError};
 
-use crate::compression::decoder;
-use crate::copy::{check_digest, in_threads, threads, write_all_at};
-use crate::digest::{Algorithm, Digest, Hash, MerkleTree};
+use crate::allocation::{buffers, filled, room_for_threads};
+use crate::compression::{decoder, is_supported};
+use crate::copy::{Hashes, check_digest, in_threads, threads, write_all_at};
+use crate::digest::{Algorithm, Digest, MerkleTree};
 use crate::error::{Error, KernelError, Operation};
 use crate::image::{CompressedImage, Header, ImageError};
 use crate::memory::{SealedMemory, UnsealedMemory, check_limit};
@@ -34,27 +36,33 @@ pub(crate) fn into_memory(
     steps: &mut dyn FnMut(Step),
 ) -> Result<(SealedMemory, Header), Error> {
     let wrong = |problem| Error::Image { image: image.name.clone(), problem };
+    if !is_supported(image.format) {
+        return Err(wrong(ImageError::CompressionUnsupported(image.format)));
+    }
     // A stream can be padded without end: a sparse file of terabytes takes hours to read, and nothing
     // comes out. So what is larger than the copy may be is not read at all.
     check_limit(&image.name, image.size, limit)?;
+    let no_memory = |errno| KernelError::new(Operation::TakeMemory, errno).on(&image.name);
+    room_for_threads(0).map_err(no_memory)?;
     let decoder = decoder(image.format, &image.file, image.size)
-        .ok_or_else(|| wrong(ImageError::CompressionUnsupported(image.format)))?
         .map_err(|error| decompress_error(image, error))?;
     let mut stream = Stream { image, decoder };
 
     let algorithm = expected.map(|digest| digest.algorithm());
     // Without an algorithm the spans are but a way to share the work.
     let span_size = MerkleTree::new(algorithm.unwrap_or(Algorithm::Sha256), 0).span_size();
-    let first = stream.next(vec![0; span_size])?;
+    let first = stream.next(filled(span_size, 0).map_err(no_memory)?)?;
     let header = Header::parse(&first).map_err(wrong)?;
     let size = header.size();
     let tree = MerkleTree::new(algorithm.unwrap_or(Algorithm::Sha256), size);
     let memory = UnsealedMemory::create(kind, &image.name, size, limit)?;
-    let target = Target { image, memory: memory.file(), tree, is_hashed: algorithm.is_some() };
+    let spans = size.div_ceil(span_size as u64) as usize;
+    let hashes = algorithm.map(|_| Hashes::of(spans)).transpose().map_err(no_memory)?;
+    let target = Target { image: &image.name, memory: memory.file(), tree, hashes };
 
     let mut progress = Progress::new(size, steps);
     let check_size = |size| header.check_size(size).map_err(wrong);
-    let hashes = write_spans(&target, |write| {
+    write_spans(&target, spans, |write| {
         let (mut piece, mut decoded, mut number) = (first, 0, 0);
         // A span that is not full is the last.
         loop {
@@ -72,6 +80,7 @@ pub(crate) fn into_memory(
             number += 1;
         }
     })?;
+    let hashes = target.hashes.map(Hashes::into_inner).unwrap_or_default();
     check_digest(&image.name, size, hashes, expected)?;
     Ok((memory.seal(&image.name)?, header))
 }
@@ -105,68 +114,93 @@ fn decompress_error(image: &CompressedImage, error: std::io::Error) -> Error {
 
 /// Where spans go.
 struct Target<'a> {
-    image: &'a CompressedImage,
+    image: &'a Path,
     memory: &'a OwnedFd,
     tree: MerkleTree,
-    is_hashed: bool,
+    /// Of what was written, where hashes are asked for.
+    hashes: Option<Hashes>,
 }
 
 impl Target<'_> {
     /// Writes a span, and hashes what it writes.
-    fn write(&self, number: u64, span: &[u8]) -> Result<Option<(u64, Hash)>, Error> {
+    fn write(&self, number: u64, span: &[u8]) -> Result<(), Error> {
         let offset = number * self.tree.span_size() as u64;
-        write_all_at(self.memory, span, offset).map_err(|errno| {
-            KernelError::new(Operation::WriteMemory, errno).on(&self.image.name)
-        })?;
-        let hash = || {
+        write_all_at(self.memory, span, offset)
+            .map_err(|errno| KernelError::new(Operation::WriteMemory, errno).on(self.image))?;
+        if let Some(hashes) = &self.hashes
+            && !span.is_empty()
+        {
             let mut hasher = self.tree.span_hasher();
             hasher.update(span);
-            (number, hasher.finish())
-        };
-        Ok((self.is_hashed && !span.is_empty()).then(hash))
+            hashes.set(number, hasher.finish());
+        }
+        Ok(())
     }
 }
 
+/// A span and its number.
+type Span = (u64, Vec<u8>);
+
 /// Runs `decode` in this thread, with a function that takes a span and gives a buffer for the next.
-/// Other threads write and hash the spans; this one does where they have enough to do. Returns the
-/// hashes in the order of the spans.
+/// Other threads write and hash the spans; this one does where they have enough to do, or where there
+/// is no memory for more buffers. `decode` is expected to hand over about `spans`.
 fn write_spans(
     target: &Target,
+    spans: usize,
     decode: impl FnOnce(&mut dyn FnMut(u64, Vec<u8>) -> Result<Vec<u8>, Error>) -> Result<(), Error>,
-) -> Result<Vec<Hash>, Error> {
-    let span_size = target.tree.span_size();
-    let (sender, receiver) = mpsc::sync_channel::<(u64, Vec<u8>)>(WAITING_MAX);
+) -> Result<(), Error> {
+    let no_memory = |errno| KernelError::new(Operation::TakeMemory, errno).on(target.image);
+    let helpers = threads().saturating_sub(1).clamp(1, HELPERS_MAX).min(spans.saturating_sub(1));
+    // The decoder has one already.
+    let wanted = if helpers > 0 { (helpers + WAITING_MAX).min(spans - 1) } else { 0 };
+    let mut spare = buffers(wanted, target.tree.span_size());
+    let helpers = room_for_threads(helpers.min(spare.len())).map_err(no_memory)?;
+
+    let (sender, receiver) = mpsc::sync_channel::<Span>(WAITING_MAX);
     let receiver = Mutex::new(receiver);
-    let (give_back, given_back) = mpsc::channel();
+    let (give_back, given_back) = mpsc::sync_channel(spare.len() + 1);
     let work = || {
-        let mut hashes = Vec::new();
         loop {
             let next = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
             // The decoder is done, and there is no span left.
-            let Ok((number, span)) = next else { return Ok(hashes) };
-            hashes.extend(target.write(number, &span)?);
-            // The decoder may be done.
-            let _ = give_back.send(span);
+            let Ok((number, span)) = next else { return };
+            let written = target.write(number, &span).map(|()| span);
+            let failed = written.is_err();
+            // There is room for every buffer.
+            let _ = give_back.try_send(written);
+            if failed {
+                return;
+            }
         }
     };
-    in_threads(threads().saturating_sub(1).clamp(1, HELPERS_MAX), &work, || {
-        let mut hashes = Vec::new();
+    let helper = || {
+        work();
+        Ok(())
+    };
+    in_threads(std::iter::repeat_n(&helper, helpers), || {
         let result = decode(&mut |number, span| {
-            let mut buffer = match sender.try_send((number, span)) {
-                Ok(()) => given_back.try_recv().unwrap_or_default(),
-                Err(TrySendError::Full(span) | TrySendError::Disconnected(span)) => {
-                    let (number, span) = span;
-                    hashes.extend(target.write(number, &span)?);
-                    span
-                }
+            // A write that failed ends it.
+            for written in given_back.try_iter() {
+                spare.push(written?);
+            }
+            let Some(buffer) = spare.pop() else {
+                target.write(number, &span)?;
+                return Ok(span);
             };
-            buffer.resize(span_size, 0);
-            Ok(buffer)
+            match sender.try_send((number, span)) {
+                Ok(()) => Ok(buffer),
+                Err(TrySendError::Full((_, span)) | TrySendError::Disconnected((_, span))) => {
+                    spare.push(buffer);
+                    target.write(number, &span)?;
+                    Ok(span)
+                }
+            }
         });
         // So that the others, and then this one, know where to stop.
         drop(sender);
         result?;
-        hashes.extend(work()?);
-        Ok(hashes)
-    })
+        work();
+        Ok(())
+    })?;
+    given_back.try_iter().try_for_each(|written| written.map(drop))
 }

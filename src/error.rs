@@ -325,6 +325,9 @@ pub enum Operation {
     /// memfd_create(2), or open(2) of a file in a new ramfs.
     #[error("make a memory file for the copy")]
     CreateMemory,
+    /// Buffers to copy with, which malloc(3) did not have.
+    #[error("get memory to copy with")]
+    TakeMemory,
     /// pwrite(2) to the memory file.
     #[error("write to the copy")]
     WriteMemory,

@@ -39,6 +39,7 @@
 //! [fs-verity]: https://docs.kernel.org/filesystems/fsverity.html
 #![forbid(unsafe_code)]
 
+mod allocation;
 mod compression;
 mod copy;
 mod decompress;
