@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::io::{Errno, retry_on_intr};
+use rustix::thread::sched_getaffinity;
 
 use crate::allocation::{STACK_SIZE, buffers, filled, room_for_threads};
 use crate::digest::{Algorithm, Digest, Hash, MerkleTree, SpanHasher};
@@ -127,9 +128,11 @@ impl Hashes {
     }
 }
 
-/// How many threads are of use.
+/// How many threads are of use. Not by the standard library, which also looks for limits of a cgroup,
+/// by paths below /proc and /sys: in the mount namespace of somebody else a FIFO may be there.
 pub(crate) fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX)
+    let processors = sched_getaffinity(None).map_or(1, |set| set.count() as usize);
+    processors.clamp(1, THREADS_MAX)
 }
 
 /// Does what each of `helpers` does in a thread, and `own_work` in this one. Where no thread can be
