@@ -80,6 +80,46 @@ pub(crate) fn is_supported(format: Compression) -> bool {
     }
 }
 
+/// Why a decoder gives up on a file that may be sound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// There is not enough memory.
+    NoMemory,
+    /// It refers back further than [`WINDOW_LOG_MAX`].
+    WindowTooLarge,
+}
+
+impl Refusal {
+    /// By what a decoder said.
+    #[allow(unused_variables)] // Without some of the features.
+    pub fn of(error: &io::Error) -> Option<Refusal> {
+        #[cfg(feature = "xz")]
+        if let Some(error) = error.get_ref().and_then(|error| error.downcast_ref()) {
+            return match error {
+                liblzma::stream::Error::Mem => Some(Refusal::NoMemory),
+                liblzma::stream::Error::MemLimit => Some(Refusal::WindowTooLarge),
+                _ => None,
+            };
+        }
+        #[cfg(feature = "zstd")]
+        {
+            use zstd::zstd_safe::{get_error_name, zstd_sys::ZSTD_ErrorCode};
+            // The crate keeps the text alone.
+            let text = error.get_ref().map(ToString::to_string);
+            let is = |code: ZSTD_ErrorCode| {
+                text.as_deref() == Some(get_error_name((code as usize).wrapping_neg()))
+            };
+            if is(ZSTD_ErrorCode::ZSTD_error_memory_allocation) {
+                return Some(Refusal::NoMemory);
+            }
+            if is(ZSTD_ErrorCode::ZSTD_error_frameParameter_windowTooLarge) {
+                return Some(Refusal::WindowTooLarge);
+            }
+        }
+        None
+    }
+}
+
 #[cfg(feature = "zstd")]
 fn zstd_decoder(reader: FileReader<'_>) -> io::Result<Box<dyn Read + '_>> {
     let mut decoder = zstd::stream::read::Decoder::with_buffer(reader)?;

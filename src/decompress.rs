@@ -6,8 +6,10 @@ use std::path::Path;
 use std::sync::mpsc::{self, TrySendError};
 use std::sync::{Mutex, PoisonError};
 
+use rustix::io::Errno;
+
 use crate::allocation::{buffers, filled, room_for_threads};
-use crate::compression::{decoder, is_supported};
+use crate::compression::{Refusal, decoder, is_supported};
 use crate::copy::{Hashes, check_digest, in_threads, threads, write_all_at};
 use crate::digest::{Algorithm, Digest, MerkleTree};
 use crate::error::{Error, KernelError, Operation};
@@ -109,7 +111,17 @@ impl Stream<'_> {
 }
 
 fn decompress_error(image: &CompressedImage, error: std::io::Error) -> Error {
-    Error::Decompress { image: image.name.clone(), format: image.format, error }
+    let kernel = |operation, errno| KernelError::new(operation, errno).on(&image.name).into();
+    if let Some(errno) = Errno::from_io_error(&error) {
+        return kernel(Operation::ReadImage, errno);
+    }
+    match Refusal::of(&error) {
+        Some(Refusal::NoMemory) => kernel(Operation::TakeMemory, Errno::NOMEM),
+        Some(Refusal::WindowTooLarge) => {
+            Error::WindowTooLarge { image: image.name.clone(), format: image.format }
+        }
+        None => Error::Decompress { image: image.name.clone(), format: image.format, error },
+    }
 }
 
 /// Where spans go.

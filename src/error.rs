@@ -37,8 +37,7 @@ pub enum Error {
         image: PathBuf,
     },
 
-    /// A compressed image is damaged: cut off, a wrong checksum, or followed by something else. Or it
-    /// takes more memory to decompress than a decoder is given.
+    /// A compressed image is damaged: cut off, a wrong checksum, or followed by something else.
     #[error("{}: cannot be decompressed with {format}: {error}", image.display())]
     Decompress {
         /// The image.
@@ -47,6 +46,16 @@ pub enum Error {
         format: Compression,
         /// What the decoder says.
         error: std::io::Error,
+    },
+
+    /// A compressed image refers further back than 128 MiB, so it takes more memory to decompress than a
+    /// decoder is given.
+    #[error("{}: compressed with {format} and a window of more than 128 MiB", image.display())]
+    WindowTooLarge {
+        /// The image.
+        image: PathBuf,
+        /// How it is compressed.
+        format: Compression,
     },
 
     /// The image does not have the fs-verity digest that `digest=` asks for.
@@ -257,6 +266,10 @@ impl Error {
             Error::Image { problem: ImageError::NotAFile("block device"), .. } => {
                 Some("give the image's file itself, without the option loop")
             }
+            Error::WindowTooLarge { .. } => Some(
+                "compress it again: with zstd, without --long; with xz, with a dictionary of at most \
+                 128 MiB",
+            ),
             Error::ImageNotVerity { .. } => Some(
                 "add the option copy: the digest is then computed while the image is copied into \
                  sealed memory, whatever file system it is on",

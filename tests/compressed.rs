@@ -182,13 +182,24 @@ fn a_bomb_is_refused_before_it_goes_off() {
 }
 
 #[test]
-fn a_window_beyond_the_limit_is_refused() {
+fn a_window_beyond_the_limit_is_refused_with_a_hint() {
     let Some(sandbox) = Sandbox::new() else { return };
     // --long=31 makes zstd say that two gigabytes are referred back to, if the size is not known.
     let image = fs::read(V1.image()).unwrap();
-    let wide = through(&["zstd", "--long=31", "-c"], &image);
-    let error = refused(&sandbox, &options(false), &wide);
-    assert!(matches!(error, Error::Decompress { .. }), "{error}");
+    let dictionary = "--lzma2=preset=0,dict=192MiB";
+    for program in
+        [&["zstd", "--long=28", "-c"], &["zstd", "--long=31", "-c"], &["xz", dictionary, "-c"]]
+    {
+        let error = refused(&sandbox, &options(false), &through(program, &image));
+        assert!(matches!(error, Error::WindowTooLarge { .. }), "{program:?}: {error}");
+        assert!(error.to_string().contains("128 MiB"), "{error}");
+        assert!(error.hint().unwrap().contains("without --long"), "{error}");
+    }
+    // The limit itself.
+    let dictionary = "--lzma2=preset=0,dict=128MiB";
+    for program in [&["zstd", "--long=27", "-c"], &["xz", dictionary, "-c"]] {
+        options(true).mount(sandbox.file("wide", &through(program, &image))).unwrap();
+    }
 }
 
 #[test]
