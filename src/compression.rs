@@ -81,6 +81,7 @@ pub(crate) fn is_supported(format: Compression) -> bool {
 }
 
 /// Why a decoder gives up on a file that may be sound.
+#[cfg_attr(not(any(feature = "zstd", feature = "xz")), allow(dead_code))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refusal {
     /// There is not enough memory.
