@@ -130,16 +130,59 @@ fn zstd_decoder(reader: FileReader<'_>) -> io::Result<Box<dyn Read + '_>> {
 
 #[cfg(feature = "xz")]
 fn xz_decoder(reader: FileReader<'_>) -> io::Result<Box<dyn Read + '_>> {
-    use liblzma::stream::{CONCATENATED, Stream};
+    use liblzma::stream::{CONCATENATED, Stream, TELL_UNSUPPORTED_CHECK};
     // A little more than the window is needed besides.
     let memory_limit = (1 << WINDOW_LOG_MAX) + (1 << 20);
-    let stream = Stream::new_stream_decoder(memory_limit, CONCATENATED)?;
+    // By default a check of a kind that liblzma does not know is passed over.
+    let stream = Stream::new_stream_decoder(memory_limit, CONCATENATED | TELL_UNSUPPORTED_CHECK)?;
     Ok(Box::new(liblzma::bufread::XzDecoder::new_stream(reader, stream)))
 }
 
 #[cfg(feature = "gzip")]
 fn gzip_decoder(reader: FileReader<'_>) -> Box<dyn Read + '_> {
-    Box::new(flate2::bufread::MultiGzDecoder::new(reader))
+    Box::new(GzipMembers { member: Some(flate2::bufread::GzDecoder::new(reader)) })
+}
+
+/// The members of a gzip file. As for gzip(1), zeros may follow the last one, and nothing else.
+#[cfg(feature = "gzip")]
+struct GzipMembers<'a> {
+    member: Option<flate2::bufread::GzDecoder<FileReader<'a>>>,
+}
+
+#[cfg(feature = "gzip")]
+impl Read for GzipMembers<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        use flate2::bufread::GzDecoder;
+        while let Some(member) = &mut self.member {
+            match member.read(buffer)? {
+                0 if !buffer.is_empty() => {
+                    let reader = self.member.take().map(GzDecoder::into_inner);
+                    self.member =
+                        reader.map(next_member).transpose()?.flatten().map(GzDecoder::new);
+                }
+                length => return Ok(length),
+            }
+        }
+        Ok(0)
+    }
+}
+
+/// The file, where another member follows.
+#[cfg(feature = "gzip")]
+fn next_member(mut reader: FileReader<'_>) -> io::Result<Option<FileReader<'_>>> {
+    let garbage =
+        || io::Error::new(io::ErrorKind::InvalidData, "something follows the last member");
+    if reader.fill_buf()?.first() == Some(&0x1f) {
+        return Ok(Some(reader));
+    }
+    loop {
+        let rest = reader.fill_buf()?;
+        match rest.len() {
+            0 => return Ok(None),
+            _ if rest.iter().any(|byte| *byte != 0) => return Err(garbage()),
+            length => reader.consume(length),
+        }
+    }
 }
 
 /// Reads a file from its start to `end`, whatever the position of its descriptor, which others may

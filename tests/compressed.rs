@@ -3,6 +3,7 @@
 mod common;
 
 use std::fs;
+use std::io::Write;
 
 use common::{Sandbox, V1, V2, assert_is_manifest, large_image, through};
 use proptest::prelude::*;
@@ -192,6 +193,162 @@ fn what_is_cut_off_or_goes_on_is_refused() {
         assert!(matches!(error, Error::Image { problem: ImageError::NotComposefs, .. }), "{error}");
         let error = refused(&sandbox, &options(false), &through(program, b""));
         assert!(matches!(error, Error::Image { problem: ImageError::Empty, .. }), "{error}");
+    }
+}
+
+/// Makes of an xz file with CRC64 one whose check is of this kind: said by the flags of the stream's
+/// header, and again by those of its footer.
+#[cfg(feature = "xz")]
+fn xz_with_check(file: &[u8], check: u8) -> Vec<u8> {
+    let mut file = file.to_vec();
+    let footer = file.len() - 12;
+    assert_eq!((file[7], file[footer + 9]), (4, 4), "CRC64");
+    file[7] = check;
+    let crc = crc32fast::hash(&file[6..8]).to_le_bytes();
+    file[8..12].copy_from_slice(&crc);
+    file[footer + 9] = check;
+    let crc = crc32fast::hash(&file[footer + 4..footer + 10]).to_le_bytes();
+    file[footer..footer + 4].copy_from_slice(&crc);
+    file
+}
+
+#[cfg(feature = "xz")]
+#[test]
+fn a_check_of_an_unknown_kind_is_not_passed_over() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let image = fs::read(V1.image()).unwrap();
+    let file = through(&["xz", "-c"], &image);
+    assert_eq!(xz_with_check(&file, 4), file);
+    // Reserved, of 4, 8 and 64 bytes; the second takes the place of CRC64, so all else is sound.
+    for check in [2, 5, 13] {
+        let error = refused(&sandbox, &options(true), &xz_with_check(&file, check));
+        assert!(matches!(error, Error::Decompress { .. }), "{check}: {error}");
+        assert!(error.to_string().contains("check"), "{check}: {error}");
+    }
+    // Behind a sound stream, too.
+    let (one, other) = image.split_at(8192);
+    let streams = [one, other].map(|part| through(&["xz", "-c"], part));
+    let error = refused(
+        &sandbox,
+        &options(true),
+        &[&streams[0][..], &xz_with_check(&streams[1], 5)].concat(),
+    );
+    assert!(matches!(error, Error::Decompress { .. }), "{error}");
+    // What has no check is left to the digest, as by xz(1).
+    for check in ["none", "crc32", "sha256"] {
+        let file = through(&["xz", "-C", check, "-c"], &image);
+        options(true).mount(sandbox.file("image", &file)).unwrap();
+    }
+}
+
+#[cfg(feature = "xz")]
+#[test]
+fn xz_padding_is_of_four_bytes() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let (one, other) = (fs::read(V1.image()).unwrap(), through(&["xz", "-c"], b""));
+    let one = through(&["xz", "-c"], &one);
+    for padding in 1..=9 {
+        let zeros = &[0; 9][..padding];
+        for content in [[&one, zeros].concat(), [&one, zeros, &other].concat()] {
+            let result = options(true).mount(sandbox.file("padded", &content));
+            match result {
+                Ok(_) => assert!(padding % 4 == 0, "{padding}"),
+                Err(Error::Decompress { .. }) => assert!(padding % 4 != 0, "{padding}"),
+                Err(error) => panic!("{padding}: {error}"),
+            }
+        }
+    }
+}
+
+#[cfg(feature = "gzip")]
+#[test]
+fn only_zeros_may_follow_the_last_gzip_member() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let whole = through(&["gzip", "-n", "-c"], &fs::read(V1.image()).unwrap());
+    // More than is read at a time.
+    for padding in [1, 2, 7, 8, 9, 10, 18, 512, 300_000] {
+        let mut padded = whole.clone();
+        padded.resize(whole.len() + padding, 0);
+        options(true).mount(sandbox.file("padded", &padded)).unwrap();
+        // Neither a member nor anything else may follow that.
+        for end in [&b"x"[..], &whole] {
+            let error = refused(&sandbox, &options(true), &[&padded, end].concat());
+            assert!(error.to_string().contains("something follows"), "{padding}: {error}");
+        }
+    }
+    for length in 1..30 {
+        let garbage = &b"garbage behind the end of a file"[..length];
+        let error = refused(&sandbox, &options(true), &[&whole, garbage].concat());
+        assert!(error.to_string().contains("something follows"), "{length}: {error}");
+    }
+}
+
+/// RFC 1952: the flag FHCRC says that two bytes of the header's CRC32 follow it.
+#[cfg(feature = "gzip")]
+#[test]
+fn the_crc_of_a_gzip_header_is_checked() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let plain = through(&["gzip", "-n", "-c"], &fs::read(V1.image()).unwrap());
+    let mut header = plain[..10].to_vec();
+    header[3] = 2;
+    let crc = crc32fast::hash(&header) as u16;
+    for (crc, is_right) in [(crc, true), (crc ^ 1, false), (crc ^ 0x8000, false)] {
+        let content = [&header, &crc.to_le_bytes()[..], &plain[10..]].concat();
+        let result = options(true).mount(sandbox.file("image", &content));
+        match result {
+            Ok(_) => assert!(is_right),
+            Err(Error::Decompress { .. }) => assert!(!is_right),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// At every length, and without a digest: what is cut off must be nothing, and the cut between two
+/// frames.
+#[test]
+fn no_stream_passes_that_is_cut_off() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let image = fs::read(V1.image()).unwrap();
+    let (one, other) = image.split_at(9000);
+    let options = options(false);
+    for (format, program) in formats() {
+        let whole = through(program, &image);
+        let frames = [one, b"", other, b"", b""].map(|part| through(program, part));
+        // Where frames end that nothing follows but frames of nothing.
+        let end = frames[..3].concat().len();
+        let ends = [end, end + frames[3].len()];
+        for (stream, ends) in [(whole, &[][..]), (frames.concat(), &ends)] {
+            let path = sandbox.file("cut", b"");
+            let mut file = fs::File::options().append(true).open(&path).unwrap();
+            for (length, byte) in stream.iter().enumerate() {
+                let is_end = ends.contains(&length);
+                match options.mount(&path) {
+                    Ok(_) => assert!(is_end, "{format} {length}"),
+                    Err(Error::Decompress { .. } | Error::Image { .. }) => {
+                        assert!(!is_end, "{format} {length}")
+                    }
+                    Err(error) => panic!("{format} {length}: {error}"),
+                }
+                file.write_all(&[*byte]).unwrap();
+            }
+            options.mount(&path).unwrap();
+        }
+    }
+}
+
+#[cfg(feature = "zstd")]
+#[test]
+fn skippable_frames_are_no_image_and_are_whole() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let skippable = [&[0x50, 0x2a, 0x4d, 0x18, 5, 0, 0, 0][..], b"12345"].concat();
+    for count in [1, 2, 1000] {
+        let error = refused(&sandbox, &options(false), &skippable.repeat(count));
+        assert!(matches!(error, Error::Image { problem: ImageError::Empty, .. }), "{error}");
+    }
+    let image = through(&["zstd", "-c"], &fs::read(V1.image()).unwrap());
+    for length in 1..skippable.len() {
+        let error = refused(&sandbox, &options(true), &[&image, &skippable[..length]].concat());
+        assert!(matches!(error, Error::Decompress { .. }), "{length}: {error}");
     }
 }
 

@@ -228,7 +228,7 @@ fn sparse(sandbox: &Sandbox, content: &[u8], size: u64) -> PathBuf {
 fn huge_sparse_files_are_not_read() {
     let Some(sandbox) = Sandbox::new() else { return };
     const SIZE: u64 = 8 << 40;
-    // A skippable frame of 4 GiB, xz's padding between streams, and what gzip takes for no member.
+    // A skippable frame of 4 GiB, xz's padding between streams, and that of gzip.
     let skippable = [0x50, 0x2a, 0x4d, 0x18, 0xff, 0xff, 0xff, 0xff];
     let too_large = "a copy takes 8796093022208 bytes of memory";
     for (content, expected) in [
@@ -387,7 +387,7 @@ fn a_file_that_grows_has_an_end() {
     let Some(sandbox) = Sandbox::new() else { return };
     let mut options = V1.copy_options();
     options.digest = Some("0".repeat(64).parse().unwrap());
-    // Behind xz and gzip streams zeros are padding, and garbage.
+    // Behind xz and gzip streams zeros are padding, behind zstd garbage.
     for content in [v1(), through(XZ, &v1()), through(GZIP, &v1()), through(ZSTD, &v1())] {
         for _ in 0..20 {
             let image = sandbox.file("image", &content);
