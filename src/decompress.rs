@@ -43,7 +43,12 @@ pub(crate) fn into_memory(
     }
     // A stream can be padded without end: a sparse file of terabytes takes hours to read, and nothing
     // comes out. So what is larger than the copy may be is not read at all.
-    check_limit(&image.name, image.size, limit)?;
+    check_limit(&image.name, image.size, limit).map_err(|error| match error {
+        Error::NotEnoughMemory { image, size, limit } => {
+            Error::CompressedTooLarge { image, size, limit }
+        }
+        error => error,
+    })?;
     let no_memory = |errno| KernelError::new(Operation::TakeMemory, errno).on(&image.name);
     room_for_threads(0).map_err(no_memory)?;
     let decoder = decoder(image.format, &image.file, image.size)

@@ -142,6 +142,20 @@ pub enum Error {
         limit: u64,
     },
 
+    /// A compressed image that is itself larger than a copy may be: what is in it was not looked at.
+    #[error(
+        "{}: the compressed file alone has {size} bytes, and a copy may take {limit}",
+        image.display()
+    )]
+    CompressedTooLarge {
+        /// The image.
+        image: PathBuf,
+        /// The size of the file, in bytes.
+        size: u64,
+        /// The memory that a copy may take at this moment, in bytes.
+        limit: u64,
+    },
+
     /// Every loop device that the kernel offered was taken by somebody else, or could not be opened.
     #[error(
         "no loop device to be had in {attempts} attempts: {}: {}",
@@ -296,6 +310,10 @@ impl Error {
             Error::NotEnoughMemory { .. } => Some(
                 "the limit is size=, without it half of the memory, and in any case what is \
                  available; without copy the image takes none",
+            ),
+            Error::CompressedTooLarge { .. } => Some(
+                "the limit is size=, without it half of the memory, and in any case what is \
+                 available",
             ),
             Error::NotUserNamespace { .. } => Some("it is a path such as /proc/PID/ns/user"),
             Error::Kernel(error) => error.hint(),

@@ -26,6 +26,9 @@ const SEAL_ATTEMPTS: u32 = 30;
 const READ_ONLY_ATTEMPTS: u32 = 200;
 const PAUSE: Duration = Duration::from_millis(10);
 
+/// Images are of whole blocks of as many bytes.
+const PAGE_SIZE: u64 = 4096;
+
 /// The longest name of a file, in bytes.
 const NAME_MAX: usize = 255;
 
@@ -215,8 +218,9 @@ fn limit_in_bytes(limit: Option<SizeLimit>) -> Result<u64, Errno> {
         None => sealmount_sys::memory().map(|memory| (memory.total, memory.free))?,
     };
     let limit = match limit.unwrap_or(SizeLimit::Percent(50)) {
-        SizeLimit::Bytes(bytes) => bytes,
-        SizeLimit::Percent(percent) => total / 100 * u64::from(percent),
+        SizeLimit::Bytes(0) | SizeLimit::Percent(0) => u64::MAX,
+        SizeLimit::Bytes(bytes) => bytes.checked_next_multiple_of(PAGE_SIZE).unwrap_or(u64::MAX),
+        SizeLimit::Percent(percent) => (total / 100).saturating_mul(u64::from(percent)),
     };
     Ok(limit.min(available))
 }
@@ -339,9 +343,20 @@ mod tests {
         };
         refused(create(4097, Some(SizeLimit::Bytes(4096))), 4096);
         create(4096, Some(SizeLimit::Bytes(4096))).unwrap();
-        refused(create(1, Some(SizeLimit::Percent(0))), 0);
+        // As tmpfs has it: whole pages, and no limit.
+        create(4096, Some(SizeLimit::Bytes(1))).unwrap();
+        refused(create(4097, Some(SizeLimit::Bytes(4095))), 4096);
+        create(1 << 20, Some(SizeLimit::Bytes(0))).unwrap();
+        create(1 << 20, Some(SizeLimit::Percent(0))).unwrap();
+        create(1 << 20, Some(SizeLimit::Percent(1000))).unwrap();
         // More than there is, whatever was asked for.
-        for limit in [None, Some(SizeLimit::Bytes(u64::MAX)), Some(SizeLimit::Percent(100))] {
+        for limit in [
+            None,
+            Some(SizeLimit::Bytes(0)),
+            Some(SizeLimit::Bytes(u64::MAX)),
+            Some(SizeLimit::Percent(100)),
+            Some(SizeLimit::Percent(u32::MAX)),
+        ] {
             assert!(matches!(create(1 << 46, limit), Err(Error::NotEnoughMemory { .. })));
         }
     }

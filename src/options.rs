@@ -137,13 +137,14 @@ pub enum Memory {
     Ramfs,
 }
 
-/// The most memory that a copy may take: `size=`. What is not available cannot be taken either.
+/// The most memory that a copy may take: `size=`, as tmpfs has it, so 0 is no limit. What is not
+/// available cannot be taken in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SizeLimit {
-    /// That many bytes.
+    /// That many bytes, rounded up to a page of 4096.
     Bytes(u64),
-    /// A part of the machine's memory, at most 100.
-    Percent(u8),
+    /// A part of the machine's memory, in hundredths.
+    Percent(u32),
 }
 
 /// A layer that takes changes: both directories on one file system, and not one within the other.

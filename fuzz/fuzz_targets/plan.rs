@@ -32,8 +32,8 @@ fuzz_target!(|input: &[u8]| {
         // A ramfs is a mount already.
         options.copy = Some(Memory::Memfd);
         options.size = match options.size {
-            Some(SizeLimit::Bytes(bytes)) if bytes < 1 << 20 => options.size,
-            Some(SizeLimit::Percent(0)) => options.size,
+            // 0 is no limit.
+            Some(SizeLimit::Bytes(1..0x10_0000)) => options.size,
             _ => Some(sealmount_fuzz::LIMIT),
         };
     }

@@ -402,25 +402,27 @@ fn memory(token: &Token) -> Result<Memory, OptionsError> {
     }
 }
 
-/// A number of bytes, with k, m or g for powers of 1024, or of percent: as tmpfs has it.
+/// A number of bytes, with k, m, g, t, p or e for powers of 1024, or of percent: as tmpfs has it.
 fn size_limit(token: &Token) -> Result<SizeLimit, OptionsError> {
     let value = token.value("size")?;
     let limit = value.to_str().and_then(|text| {
-        let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
-        let number: u64 = number.parse().ok()?;
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
         let shift = match unit {
-            "%" => return u8::try_from(number).ok().filter(|n| *n <= 100).map(SizeLimit::Percent),
+            "%" => return number.parse().ok().map(SizeLimit::Percent),
+            "" => 0,
             "k" | "K" => 10,
             "m" | "M" => 20,
             "g" | "G" => 30,
+            "t" | "T" => 40,
+            "p" | "P" => 50,
+            "e" | "E" => 60,
             _ => return None,
         };
-        number.checked_mul(1 << shift).map(SizeLimit::Bytes)
+        number.parse::<u64>().ok()?.checked_mul(1 << shift).map(SizeLimit::Bytes)
     });
-    let bytes = || value.to_str()?.parse().ok().map(SizeLimit::Bytes);
-    let expected = "bytes, a number with k, m or g, or percent";
-    let error = || OptionsError::BadValue { option: "size", value: value.clone(), expected };
-    limit.or_else(bytes).ok_or_else(error)
+    let expected = "bytes, a number with k, m, g, t, p or e, or percent";
+    limit.ok_or(OptionsError::BadValue { option: "size", value, expected })
 }
 
 fn location_bytes(location: &Location) -> Vec<u8> {

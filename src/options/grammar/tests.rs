@@ -72,7 +72,8 @@ fn what_is_wrong_is_refused_by_name() {
         assert_eq!(error(text), OptionsError::TakesNoValue(option), "{text}");
     }
     assert!(matches!(error("copy=disk"), OptionsError::BadValue { option: "copy", .. }));
-    for size in ["x", "1t", "-1", "101%", "k", "1kk", "1 k", "20000000000g", "0x10", "1.5g"] {
+    let sizes = "x|-1|+1|1z|%|1%%|-1%|4294967296%|k|1kk|1 k|20000000000g|16e|0x10|1.5g";
+    for size in sizes.split('|') {
         let error = error(&format!("copy,size={size}"));
         assert!(matches!(error, OptionsError::BadValue { option: "size", .. }), "{size}: {error}");
     }
@@ -117,8 +118,13 @@ fn sizes_have_units() {
         ("4K", SizeLimit::Bytes(4096)),
         ("3m", SizeLimit::Bytes(3 << 20)),
         ("2G", SizeLimit::Bytes(2 << 30)),
+        ("5t", SizeLimit::Bytes(5 << 40)),
+        ("7P", SizeLimit::Bytes(7 << 50)),
+        ("15e", SizeLimit::Bytes(15 << 60)),
         ("18446744073709551615", SizeLimit::Bytes(u64::MAX)),
+        ("0%", SizeLimit::Percent(0)),
         ("100%", SizeLimit::Percent(100)),
+        ("4294967295%", SizeLimit::Percent(u32::MAX)),
     ] {
         assert_eq!(with_basedir(&format!("copy,size={text}")).size, Some(size), "{text}");
     }
@@ -211,7 +217,7 @@ prop_compose! {
             prop::sample::select(vec![Memory::Memfd, Memory::Ramfs]),
             proptest::option::of(prop_oneof![
                 any::<u64>().prop_map(SizeLimit::Bytes),
-                (0..=100u8).prop_map(SizeLimit::Percent),
+                any::<u32>().prop_map(SizeLimit::Percent),
             ]),
         )),
         idmap in proptest::option::of(locations()),
