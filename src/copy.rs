@@ -58,6 +58,8 @@ pub(crate) fn check_digest(
 /// Copies as many bytes as the image had when it was opened, and hashes the bytes that it writes:
 /// with an algorithm, returns the hashes of the spans of the Merkle tree.
 ///
+/// Without one, this thread copies alone: hashing is what several are of use for.
+///
 /// Threads take spans as they come: each reads a piece, writes it and hashes it while it is in the
 /// cache. docs/design.md has the designs that were measured against this one.
 fn copy(
@@ -66,12 +68,13 @@ fn copy(
     algorithm: Option<Algorithm>,
     mut progress: Progress,
 ) -> Result<Vec<Hash>, Error> {
-    // Without an algorithm the spans are but a way to share the work.
     let tree = MerkleTree::new(algorithm.unwrap_or(Algorithm::Sha256), image.size);
     let spans = image.size.div_ceil(tree.span_size() as u64) as usize;
     let no_memory = |errno| KernelError::new(Operation::TakeMemory, errno).on(&image.name);
     let hashes = Hashes::of(spans).map_err(no_memory)?;
-    let mut buffers = buffers(threads().min(spans.max(1)), PIECE_SIZE).into_iter();
+    // Where no digest says what was read, it is at least read in order, as others would.
+    let threads = if algorithm.is_some() { threads().min(spans.max(1)) } else { 1 };
+    let mut buffers = buffers(threads, PIECE_SIZE).into_iter();
     let own_buffer = buffers.next().ok_or(Errno::NOMEM).map_err(no_memory)?;
     let helpers = room_for_threads(buffers.len()).map_err(no_memory)?;
 
