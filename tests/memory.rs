@@ -4,13 +4,17 @@
 mod common;
 
 use std::fs;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use sealmount::{Algorithm, compute_digest};
+use sealmount::{Algorithm, Error, Memory, SizeLimit, compute_digest};
 
-use common::{Sandbox, V1, large_image, mount_at, run, umount};
+use common::{Sandbox, V1, large_image, mount_at, run, through, umount};
 
 const MIB: usize = 1024 * 1024;
+
+/// Of two tests at once, each would measure the other too.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// A line of /proc/meminfo, in bytes.
 fn meminfo(field: &str) -> usize {
@@ -32,6 +36,7 @@ fn assert_meminfo(field: &str, expected: usize) {
 
 #[test]
 fn a_copy_takes_the_memory_of_the_image_and_gives_it_back() {
+    let _alone = ONE_AT_A_TIME.lock();
     let Some(sandbox) = Sandbox::new() else { return };
     let size = 64 * MIB;
     let content = large_image(size);
@@ -61,5 +66,44 @@ fn a_copy_takes_the_memory_of_the_image_and_gives_it_back() {
         assert_eq!(output.status.code(), Some(32), "{output:?}");
         assert!(mount_at(&mnt).is_none());
         assert_meminfo(field, before);
+    }
+}
+
+/// A decompressed stream is in memory already when it shows that there is too much of it, or too little.
+#[test]
+fn a_stream_that_is_refused_gives_its_memory_back() {
+    let _alone = ONE_AT_A_TIME.lock();
+    let Some(sandbox) = Sandbox::new() else { return };
+    let size = 64 * MIB;
+    let mut options = V1.copy_options();
+    options.digest = None;
+    let content = large_image(size);
+    let more = [&content[..], &[0; 4096]].concat();
+    let half = &content[..size / 2];
+    for program in [&["zstd", "-1", "-c"][..], &["xz", "-0", "-c"], &["gzip", "-1", "-c"]] {
+        let longer = sandbox.file("longer", &through(program, &more));
+        let shorter = sandbox.file("shorter", &through(program, half));
+        let whole = through(program, &content);
+        let garbage = sandbox.file("garbage", &[&whole, &b"garbage"[..]].concat());
+        let damaged = sandbox.file("damaged", &whole[..whole.len() - 1]);
+        for (kind, field) in [(Memory::Memfd, "Shmem:"), (Memory::Ramfs, "Unevictable:")] {
+            options.copy = Some(kind);
+            let before = meminfo(field);
+            for image in [&longer, &shorter, &garbage, &damaged] {
+                let error = options.mount(image).unwrap_err();
+                assert!(
+                    matches!(error, Error::Image { .. } | Error::Decompress { .. }),
+                    "{}: {error}",
+                    image.display(),
+                );
+            }
+            assert_meminfo(field, before);
+            // What says that it is larger than the limit takes none.
+            options.size = Some(SizeLimit::Bytes(size as u64 / 2));
+            let error = options.mount(&longer).unwrap_err();
+            assert!(matches!(error, Error::NotEnoughMemory { .. }), "{error}");
+            options.size = None;
+            assert_meminfo(field, before);
+        }
     }
 }
