@@ -282,24 +282,20 @@ fn nobody_has_to_listen() {
 }
 
 /// What the helper writes to a terminal that script(1) makes.
-fn on_a_terminal(image: &Path, mnt: &Path) -> String {
+fn on_a_terminal(flag: &str, image: &Path, mnt: &Path) -> String {
     let helper = env!("CARGO_BIN_EXE_mount-composefs");
-    let call = format!("{helper} -v -o copy,{} {} {}", basedir(), image.display(), mnt.display());
+    let call =
+        format!("{helper} {flag} -o copy,{} {} {}", basedir(), image.display(), mnt.display());
     let mut script = Command::new("script");
     let output = script.args(["-qec", &call, "/dev/null"]).stdin(Stdio::null()).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     String::from_utf8(output.stdout).unwrap()
 }
 
-#[test]
-fn a_copy_that_takes_long_shows_its_progress_on_a_terminal() {
+/// Calls `mount` with images that take longer and longer to decompress, until one takes a second and a
+/// half.
+fn until_it_takes_long(sandbox: &Sandbox, mut mount: impl FnMut(&Path)) {
     const STREAM: usize = 16 * 1024 * 1024;
-    let Some(sandbox) = Sandbox::new() else { return };
-    let mnt = sandbox.directory("mnt");
-    let short = on_a_terminal(&V1.image(), &mnt);
-    assert!(short.contains("copied into") && !short.contains("copying ["), "{short}");
-    umount(&mnt);
-
     // As many streams as it takes, of noise of four bits a byte: the slowest thing there is for xz.
     let mut state = 1_u32;
     let mut noise = || {
@@ -314,15 +310,40 @@ fn a_copy_that_takes_long_shows_its_progress_on_a_terminal() {
         let head = common::through(&["xz", "-0"], &head);
         let image = sandbox.file("image.xz", &[head, stream.repeat(streams - 1)].concat());
         let start = Instant::now();
-        let said = on_a_terminal(&image, &mnt);
-        umount(&mnt);
+        mount(&image);
         if start.elapsed() > Duration::from_millis(1500) {
-            assert!(said.contains("\rcopying [") && said.contains("%"), "{said}");
-            assert!(said.contains("\r\x1b[Kmount.composefs: image "), "{said}");
             return;
         }
     }
     panic!("a copy of 1 GiB takes less than 1.5 seconds");
+}
+
+#[test]
+fn a_copy_that_takes_long_shows_its_progress_on_a_terminal() {
+    let Some(sandbox) = Sandbox::new() else { return };
+    let mnt = sandbox.directory("mnt");
+    let short = on_a_terminal("-v", &V1.image(), &mnt);
+    assert!(short.contains("copied into") && !short.contains("copying ["), "{short}");
+    umount(&mnt);
+
+    let (mut said, mut long) = (String::new(), PathBuf::new());
+    until_it_takes_long(&sandbox, |image| {
+        said = on_a_terminal("-v", image, &mnt);
+        long = image.to_owned();
+        umount(&mnt);
+    });
+    assert!(said.contains("\rcopying [") && said.contains("%"), "{said}");
+    assert!(said.contains("\r\x1b[Kmount.composefs: image "), "{said}");
+
+    // Without -v nothing is said, nor is a bar where nobody would see it.
+    assert_eq!(on_a_terminal("", &long, &mnt), "");
+    umount(&mnt);
+    let options = format!("copy,{}", basedir());
+    let (long, mnt_text) = (long.to_str().unwrap(), mnt.to_str().unwrap());
+    let said = stderr(&succeeds(&["-v", "-o", &options, long, mnt_text]));
+    assert!(said.contains("copied into"), "{said}");
+    assert!(!said.contains("copying") && !said.contains(['\r', '\x1b']), "{said}");
+    umount(&mnt);
 }
 
 #[test]
