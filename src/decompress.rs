@@ -221,3 +221,53 @@ fn write_spans(
     })?;
     given_back.try_iter().try_for_each(|written| written.map(drop))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::time::Duration;
+
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+
+    use super::*;
+    use crate::compression::Compression;
+
+    #[test]
+    fn a_write_that_fails_stops_the_decoder() {
+        // What is written beyond its size fails, all else does not.
+        let memory = memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap();
+        let tree = MerkleTree::new(Algorithm::Sha256, 1 << 30);
+        ftruncate(&memory, tree.span_size() as u64).unwrap();
+        fcntl_add_seals(&memory, SealFlags::GROW).unwrap();
+        let image = Path::new("/some/image.zst");
+        let target = Target { image, memory: &memory, tree, hashes: None };
+
+        let mut handed_over = 0;
+        let error = write_spans(&target, 1000, |write| {
+            write(1, vec![1; 4096])?;
+            for _ in 0..1000 {
+                std::thread::sleep(Duration::from_millis(1));
+                write(0, vec![1; 4096])?;
+                handed_over += 1;
+            }
+            Ok(())
+        })
+        .unwrap_err();
+        assert_eq!(error.errno(), Some(Errno::PERM), "{error}");
+        assert!(handed_over < 500, "{handed_over}");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_not_called_damaged() {
+        for format in [Compression::Zstd, Compression::Xz, Compression::Gzip] {
+            if !is_supported(format) {
+                continue;
+            }
+            let file = File::open("/").unwrap().into();
+            let image = CompressedImage { file, name: "/some/image".into(), size: 100, format };
+            let error = into_memory(&image, Memory::Memfd, None, None, &mut |_| {}).unwrap_err();
+            let Error::Kernel(kernel) = &error else { panic!("{format}: {error}") };
+            assert_eq!((kernel.operation, kernel.errno), (Operation::ReadImage, Errno::ISDIR));
+        }
+    }
+}
