@@ -7,7 +7,7 @@ use std::path::Path;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::mount::{MoveMountFlags, move_mount};
 
-use crate::compression::Compression;
+use crate::compression::{Compression, is_supported};
 use crate::copy;
 use crate::decompress;
 use crate::digest::{Digest, Measured, measure};
@@ -189,7 +189,11 @@ impl MountOptions {
         steps: &mut dyn FnMut(Step),
     ) -> Result<(Source, Header), Error> {
         let Some(memory) = self.copy else {
-            let problem = ImageError::Compressed(image.format);
+            // Not to be told to copy what cannot be copied.
+            let problem = match is_supported(image.format) {
+                true => ImageError::Compressed(image.format),
+                false => ImageError::CompressionUnsupported(image.format),
+            };
             return Err(Error::Image { image: image.name, problem });
         };
         let (copy, header) =
