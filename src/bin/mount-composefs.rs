@@ -81,7 +81,8 @@ impl From<Error> for Failure {
             (
                 Error::NoLoopDevice { .. }
                 | Error::NotLoopDevice { .. }
-                | Error::NotEnoughMemory { .. },
+                | Error::NotEnoughMemory { .. }
+                | Error::CompressedTooLarge { .. },
                 _,
             ) => Status::System,
             (Error::Kernel(error), _) if is_loop_device(error.operation) => Status::System,
