@@ -1,53 +1,123 @@
 //! How fast bytes are hashed.
 
+use std::error::Error;
 use std::fs::File;
 use std::hint::black_box;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use sealmount::{Algorithm, compute_digest};
+use sealmount::{Algorithm, Digest, compute_digest};
+use sealmount_sys::sha256::hash_two_blocks;
+use sha2::{Digest as _, Sha256};
 
 use crate::Bench;
 use crate::programs::Program;
 use crate::report::{Report, Table};
 use crate::timing::{Case, alternate};
 
-/// The argument with which this program does nothing but hash a file.
-pub const COMMAND: &str = "hash-on-all-cores";
+/// The argument with which this program does nothing but find out whether a file has a digest.
+pub const COMMAND: &str = "digest-alone";
 
-/// What a thread hashes at a time: it stays in the cache of its core, as it does while an image is
+const BLOCK_SIZE: usize = 4096;
+
+/// What a thread hashes at a time: what is below one block of the lowest level of the Merkle tree.
+const SPAN: usize = BLOCK_SIZE / HASH_SIZE * BLOCK_SIZE;
+
+/// What a thread reads at a time: it stays in the cache of its core, as it does while an image is
 /// copied.
-const SPAN: usize = 512 * 1024;
+const PIECE: usize = 64 * 1024;
+
+const HASH_SIZE: usize = 32;
+
+type Hash = [u8; HASH_SIZE];
 
 pub const OPENSSL: &str = "openssl, one core";
 const ONE_CORE: &str = "sealmount, one core";
 pub const ALL_CORES: &str = "sealmount, all cores";
 
-/// Reads and hashes a file on all cores: the work of finding out its digest, done as the copy does
-/// it. The library has no function for a digest alone.
-pub fn hash_on_all_cores(path: &Path) -> io::Result<()> {
+/// Finds out the SHA-256 fs-verity digest of a file, on all cores and done as the copy does it, and
+/// compares it. The library has no function for a digest without a copy.
+pub fn check(path: &Path, expected: &str) -> Result<(), Box<dyn Error>> {
     let file = File::open(path)?;
+    let size = file.metadata()?.len();
     let next = AtomicU64::new(0);
-    let work = || -> io::Result<()> {
-        let mut buffer = vec![0; SPAN];
+    let hashes = on_all_cores(|| {
+        let (mut buffer, mut hashes) = (vec![0; PIECE], Vec::new());
         loop {
-            let offset = next.fetch_add(SPAN as u64, Ordering::Relaxed);
-            match file.read_at(&mut buffer, offset)? {
-                0 => return Ok(()),
-                length => black_box(compute_digest(Algorithm::Sha256, &buffer[..length])),
-            };
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            let start = number * SPAN as u64;
+            if start >= size {
+                return Ok(hashes);
+            }
+            let end = size.min(start + SPAN as u64);
+            hashes.push((number, hash_span(&file, start..end, &mut buffer)?));
         }
-    };
-    on_all_cores(work).into_iter().collect()
+    });
+    let mut hashes: Vec<_> = hashes.into_iter().collect::<io::Result<Vec<_>>>()?.concat();
+    hashes.sort_unstable();
+    let found = digest(size, hashes.into_iter().map(|(_, hash)| hash).collect());
+    match found == expected.parse()? {
+        true => Ok(()),
+        false => Err(format!("{}: the digest is {found}, not {expected}", path.display()).into()),
+    }
 }
 
+/// The hash of the block of hashes of this part of a file.
+fn hash_span(file: &File, span: Range<u64>, buffer: &mut [u8]) -> io::Result<Hash> {
+    let mut hashes = Vec::with_capacity(BLOCK_SIZE);
+    let end = span.end;
+    for offset in span.step_by(PIECE) {
+        let length = PIECE.min((end - offset) as usize);
+        file.read_exact_at(&mut buffer[..length], offset)?;
+        let padded = length.next_multiple_of(BLOCK_SIZE);
+        buffer[length..padded].fill(0);
+        let (pairs, last) = buffer[..padded].as_chunks().0.as_chunks();
+        for pair in pairs {
+            match hash_two_blocks(pair) {
+                Some(both) => hashes.extend_from_slice(both.as_flattened()),
+                None => pair.iter().for_each(|block| hashes.extend(Sha256::digest(block))),
+            }
+        }
+        last.iter().for_each(|block| hashes.extend(Sha256::digest(block)));
+    }
+    Ok(hash_block(&hashes))
+}
+
+/// The hash of a block of the tree: hashes, and zeros behind them.
+fn hash_block(hashes: &[u8]) -> Hash {
+    let mut block = [0; BLOCK_SIZE];
+    block[..hashes.len()].copy_from_slice(hashes);
+    Sha256::digest(block).into()
+}
+
+/// The digest of a file of more than one block, from the hashes of its spans.
+fn digest(size: u64, mut level: Vec<Hash>) -> Digest {
+    assert!(size > BLOCK_SIZE as u64, "a file of one block has no tree");
+    while level.len() > 1 {
+        level = level
+            .chunks(BLOCK_SIZE / HASH_SIZE)
+            .map(|hashes| hash_block(hashes.as_flattened()))
+            .collect();
+    }
+    // struct fsverity_descriptor: version, algorithm, size of a block as a power of two, of the file.
+    let mut descriptor = [0; 256];
+    descriptor[..3].copy_from_slice(&[1, 1, 12]);
+    descriptor[8..16].copy_from_slice(&size.to_le_bytes());
+    descriptor[16..][..HASH_SIZE].copy_from_slice(&level[0]);
+    Digest::Sha256(Sha256::digest(descriptor).into())
+}
+
+/// Does it in this thread, and in one more for each further core.
 fn on_all_cores<T: Send>(work: impl Fn() -> T + Sync) -> Vec<T> {
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..cores()).map(|_| scope.spawn(&work)).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        let others: Vec<_> = (1..cores()).map(|_| scope.spawn(&work)).collect();
+        let mut done = vec![work()];
+        done.extend(others.into_iter().map(|thread| thread.join().unwrap()));
+        done
     })
 }
 

@@ -111,7 +111,8 @@ fn copies<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Ca
         }),
         Case::new(DIGEST_ALONE, || {
             let mut this = Command::new(std::env::current_exe().unwrap());
-            whole_process(this.arg(digests::COMMAND).arg(&image.path))
+            this.arg(digests::COMMAND).arg(&image.path).arg(image.digest.to_string());
+            whole_process(&mut this)
         }),
     ];
     match &programs.fsverity {
