@@ -9,6 +9,7 @@ use sealmount::{Algorithm, Digest, compute_digest};
 
 use crate::Bench;
 use crate::common::V1;
+use crate::timing::Random;
 
 pub const MIB: usize = 1024 * 1024;
 
@@ -60,18 +61,12 @@ pub fn make_cold(path: &Path) {
 /// Something like the inodes of an image, 256 bytes each: a quarter are digests, which cannot be
 /// compressed, of the rest little is left.
 fn fill(content: &mut Vec<u8>, size: usize) {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut random = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state
-    };
+    let mut random = Random::default();
     content.reserve(size);
     let mut number = 0_u32;
     while content.len() < size {
-        let digest = [(); 4].map(|()| random().to_le_bytes());
-        let name = [(); 4].map(|()| format!("{:016x}", random())).concat();
+        let digest = [(); 4].map(|()| random.next().to_le_bytes());
+        let name = [(); 4].map(|()| format!("{:016x}", random.next())).concat();
         content.extend_from_slice(&number.to_le_bytes());
         content.extend_from_slice(&[0xa4, 0x81, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
         content.extend_from_slice(format!("/usr/lib/modules/{number:08}/kernel.ko").as_bytes());

@@ -5,6 +5,7 @@ use std::process::Stdio;
 
 use crate::images::{Image, MIB};
 use crate::report::{Report, Table};
+use crate::timing::Samples;
 use crate::whole_process::{self as whole, copy_options};
 use crate::{Bench, MEASURED_SIZE, digests, memory};
 
@@ -47,98 +48,157 @@ pub fn measure_data_limit(bench: &Bench, image: &Image, report: &mut Report) {
         }
     }
 }
+enum Limit {
+    AtMost(f64),
+    AtLeast(f64),
+    /// Only a figure to know.
+    None,
+}
+use Limit::{AtLeast, AtMost};
 
-pub fn tabulate(report: &mut Report) {
-    let at = whole::group(MEASURED_SIZE);
-    let ratio = |name, other| report.ratio(&at, name, other);
-    let data = |name| report.median(DATA_LIMIT, name);
-    let slower = |one: Option<f64>, other: Option<f64>| Some(one?.min(other?));
-    let (sha256, gigabyte) = ("GB/s, sha256", whole::group(1024 * MIB));
-    let per_byte = |name| {
-        let small = report.median(&whole::group(100 * MIB), name)?;
-        Some(report.median(&gigabyte, name)? / small * 100.0 / 1024.0)
+/// A figure of each round.
+struct Found {
+    rounds: Samples,
+    /// Of a ratio, the same by the other way: first the medians, then their ratio.
+    of_medians: Option<f64>,
+}
+
+impl Found {
+    fn ratio(one: &Samples, other: &Samples) -> Found {
+        let of_medians = Some(one.median() / other.median());
+        Found { rounds: one.ratios_to(other), of_medians }
+    }
+}
+
+/// Each measure, its limit, and what was found.
+fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
+    let ratio = |group: &str, name: &str, other: &str| {
+        Some(Found::ratio(report.samples(group, name)?, report.samples(group, other)?))
     };
-
-    let rows = [
+    let at = whole::group(MEASURED_SIZE);
+    let whole_process = |name, other| ratio(&at, name, other);
+    let slower = |one, other| match report.median(&at, one) > report.median(&at, other) {
+        true => one,
+        false => other,
+    };
+    let of_image = |name| {
+        let rounds = report.samples("memory, of the image", name)?.clone();
+        Some(Found { rounds, of_medians: None })
+    };
+    let gigabyte = whole::group(1024 * MIB);
+    let for_a_byte = |name| {
+        let small = report.median(&whole::group(100 * MIB), name)?;
+        let ratio = report.median(&gigabyte, name)? / small * 100.0 / 1024.0;
+        Some(Found { rounds: Samples::new(name, vec![ratio]), of_medians: Some(ratio) })
+    };
+    let data = |name| {
+        let rounds = report.samples(DATA_LIMIT, name)?.clone();
+        Some(Found { rounds, of_medians: None })
+    };
+    vec![
         (
             "copy and digest ÷ the three steps of today",
-            "≤",
-            0.4,
-            ratio(whole::MEMFD, whole::PIPELINE),
+            AtMost(0.4),
+            whole_process(whole::MEMFD, whole::PIPELINE),
         ),
         (
             "copy and digest ÷ the slower of `cat` to a tmpfs and the digest alone",
-            "≤",
-            1.3,
-            slower(ratio(whole::MEMFD, whole::CAT), ratio(whole::MEMFD, whole::DIGEST_ALONE)),
+            AtMost(1.3),
+            whole_process(whole::MEMFD, slower(whole::CAT, whole::DIGEST_ALONE)),
         ),
         (
             "SHA-256 on all cores ÷ openssl on one",
-            "≥",
-            1.7,
-            report.ratio(sha256, digests::ALL_CORES, digests::OPENSSL),
+            AtLeast(1.7),
+            ratio("GB/s, sha256", digests::ALL_CORES, digests::OPENSSL),
         ),
         (
             "digest alone, whole process ÷ `fsverity digest`",
-            "≤",
-            0.5,
-            ratio(whole::DIGEST_ALONE, whole::FSVERITY),
+            AtMost(0.5),
+            whole_process(whole::DIGEST_ALONE, whole::FSVERITY),
         ),
         (
             "copy, digest and mount ÷ `fsverity digest`",
-            "–",
-            0.0,
-            ratio(whole::MEMFD, whole::FSVERITY),
+            Limit::None,
+            whole_process(whole::MEMFD, whole::FSVERITY),
         ),
         (
             "zstd, copy and digest ÷ `zstd -d` to a tmpfs",
-            "≤",
-            1.2,
-            ratio(whole::ZSTD, whole::ZSTD_PROGRAM),
+            AtMost(1.2),
+            whole_process(whole::ZSTD, whole::ZSTD_PROGRAM),
         ),
-        ("xz, copy and digest ÷ `xz -d` to a tmpfs", "–", 0.0, ratio(whole::XZ, whole::XZ_PROGRAM)),
+        (
+            "xz, copy and digest ÷ `xz -d` to a tmpfs",
+            Limit::None,
+            whole_process(whole::XZ, whole::XZ_PROGRAM),
+        ),
         (
             "plain ÷ composefs's mount.composefs",
-            "≤",
-            0.6,
-            ratio(whole::PLAIN, whole::PLAIN_COMPOSEFS),
+            AtMost(0.6),
+            whole_process(whole::PLAIN, whole::PLAIN_COMPOSEFS),
         ),
         (
             "plain ÷ composefs-rs's mount.composefs",
-            "≤",
-            0.6,
-            ratio(whole::PLAIN, whole::PLAIN_COMPOSEFS_RS),
+            AtMost(0.6),
+            whole_process(whole::PLAIN, whole::PLAIN_COMPOSEFS_RS),
         ),
         (
             "ramfs: memory after walking the tree, beside directories' own ÷ image",
-            "≤",
-            1.05,
-            report.median("memory, of the image", "ramfs, walked"),
+            AtMost(1.05),
+            of_image("ramfs, walked"),
         ),
         (
             "memfd: memory after walking the tree, beside directories' own ÷ image",
-            "–",
-            0.0,
-            report.median("memory, of the image", "memfd, walked"),
+            Limit::None,
+            of_image("memfd, walked"),
         ),
-        ("time for a byte, 1 GB ÷ 100 MB, memfd", "≤", 1.1, per_byte(whole::MEMFD)),
-        ("time for a byte, 1 GB ÷ 100 MB, ramfs", "≤", 1.1, per_byte(whole::RAMFS)),
-        ("MiB of anonymous memory, uncompressed", "≤", 8.0, data("uncompressed")),
-        ("MiB of anonymous memory, zstd", "≤", 8.0, data("zstd")),
-        ("MiB of anonymous memory, xz (its window is up to 8 MiB)", "≤", 16.0, data("xz")),
-    ];
-    let mut table = Table::new("measures", vec!["measure", "limit", "found", ""]);
-    for (measure, relation, limit, found) in rows {
-        let verdict = match (relation, found) {
+        ("time for a byte, 1 GB ÷ 100 MB, memfd", AtMost(1.1), for_a_byte(whole::MEMFD)),
+        ("time for a byte, 1 GB ÷ 100 MB, ramfs", AtMost(1.1), for_a_byte(whole::RAMFS)),
+        ("MiB of anonymous memory, uncompressed", AtMost(8.0), data("uncompressed")),
+        ("MiB of anonymous memory, zstd", AtMost(8.0), data("zstd")),
+        ("MiB of anonymous memory, xz (its window is up to 8 MiB)", AtMost(16.0), data("xz")),
+    ]
+}
+
+pub fn tabulate(report: &mut Report) {
+    let header = vec!["measure", "limit", "found", "", "quartiles", "rounds", "of medians"];
+    let mut table = Table::new("measures", header);
+    let dash = || "–".to_owned();
+    let text = |value: f64| format!("{value:.2}");
+    for (measure, limit, found) in measures(report) {
+        let median = found.as_ref().map(|found| found.rounds.median());
+        let verdict = match (&limit, median) {
             (_, None) => "not measured",
-            ("≤", Some(found)) if found > limit => "missed",
-            ("≥", Some(found)) if found < limit => "missed",
-            ("–", _) => "",
+            (AtMost(limit), Some(median)) if median > *limit => "missed",
+            (AtLeast(limit), Some(median)) if median < *limit => "missed",
+            (Limit::None, _) => "",
             _ => "met",
         };
-        let limit = if relation == "–" { "–".into() } else { format!("{relation} {limit}") };
-        let found = found.map_or("–".into(), |found| format!("{found:.2}"));
-        table.row([measure.to_owned(), limit, found, verdict.to_owned()]);
+        let limit = match limit {
+            AtMost(limit) => format!("≤ {limit}"),
+            AtLeast(limit) => format!("≥ {limit}"),
+            Limit::None => dash(),
+        };
+        let spread = |found: &Found| {
+            let rounds = &found.rounds;
+            match rounds.values.len() {
+                1 => dash(),
+                _ => [0.25, 0.75].map(|part| text(rounds.quantile(part))).join("–"),
+            }
+        };
+        table.row([
+            measure.to_owned(),
+            limit,
+            median.map_or_else(dash, text),
+            verdict.to_owned(),
+            found.as_ref().map_or_else(dash, spread),
+            found.as_ref().map_or_else(dash, |found| found.rounds.values.len().to_string()),
+            found.as_ref().and_then(|found| found.of_medians).map_or_else(dash, text),
+        ]);
+        if let Some(Found { rounds, of_medians }) = found {
+            let medians = of_medians.map(|ratio| Samples::new(measure, vec![ratio]));
+            report.add("measure", vec![Samples::new(measure, rounds.values)]);
+            report.add("measure, ratio of medians", medians.into_iter().collect());
+        }
     }
     report.table(table);
 }

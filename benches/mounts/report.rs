@@ -69,7 +69,7 @@ impl Report {
 
     /// A figure that is taken once.
     pub fn figure(&mut self, group: &str, name: &str, value: f64) {
-        self.add(group, vec![Samples { name: name.to_owned(), values: vec![value] }]);
+        self.add(group, vec![Samples::new(name, vec![value])]);
     }
 
     pub fn table(&mut self, table: Table) {
@@ -93,27 +93,22 @@ impl Report {
         self.samples(group, name).map(Samples::median)
     }
 
-    pub fn ratio(&self, group: &str, name: &str, other: &str) -> Option<f64> {
-        Some(self.samples(group, name)?.ratio_to(self.samples(group, other)?))
-    }
-
     pub fn to_text(&self) -> String {
         let tables = self.tables.iter().map(|table| format!("\n{}", table.to_text()));
         self.machine.clone() + "\n" + &tables.collect::<String>()
     }
 
     pub fn to_tsv(&self) -> String {
-        let mut text = "group\tcase\tmedian\tlowest\thighest\trounds\n".to_owned();
+        let mut text =
+            "group\tcase\tmedian\tlower quartile\tupper quartile\tlowest\thighest\trounds\n"
+                .to_owned();
         for (group, all) in &self.groups {
             for samples in all {
-                let (name, median) = (&samples.name, samples.median());
-                let lowest = samples.values.iter().copied().fold(f64::INFINITY, f64::min);
-                let highest = samples.values.iter().copied().fold(0.0, f64::max);
-                let rounds = samples.values.len();
-                let _ = writeln!(
-                    text,
-                    "{group}\t{name}\t{median:.3}\t{lowest:.3}\t{highest:.3}\t{rounds}"
-                );
+                let _ = write!(text, "{group}\t{}", samples.name);
+                for part in [0.5, 0.25, 0.75, 0.0, 1.0] {
+                    let _ = write!(text, "\t{:.3}", samples.quantile(part));
+                }
+                let _ = writeln!(text, "\t{}", samples.values.len());
             }
         }
         text

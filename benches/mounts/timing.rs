@@ -50,40 +50,73 @@ pub struct Samples {
 }
 
 impl Samples {
+    pub fn new(name: &str, values: Vec<f64>) -> Samples {
+        Samples { name: name.to_owned(), values }
+    }
+
     pub fn median(&self) -> f64 {
-        median(self.values.clone())
+        self.quantile(0.5)
     }
 
-    /// The median of the ratios of each round: what slows a machine down for a while slows both
-    /// sides of a ratio.
-    pub fn ratio_to(&self, other: &Samples) -> f64 {
-        median(self.values.iter().zip(&other.values).map(|(one, other)| one / other).collect())
+    /// The value below which such a part of all lie: 0 is the lowest, 1 the highest. Between two of
+    /// them, what is between.
+    pub fn quantile(&self, part: f64) -> f64 {
+        let mut values = self.values.clone();
+        values.sort_by(f64::total_cmp);
+        let Some(last) = values.len().checked_sub(1) else { return f64::NAN };
+        let position = last as f64 * part;
+        let (below, above) = (values[position.floor() as usize], values[position.ceil() as usize]);
+        below + (above - below) * position.fract()
+    }
+
+    /// The ratio of each round: what slows a machine down for a while slows both sides of it.
+    pub fn ratios_to(&self, other: &Samples) -> Samples {
+        let ratios = self.values.iter().zip(&other.values).map(|(one, other)| one / other);
+        Samples::new(&self.name, ratios.collect())
     }
 }
 
-pub fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => f64::NAN,
-        length if length % 2 == 1 => values[middle],
-        _ => (values[middle - 1] + values[middle]) / 2.0,
-    }
-}
-
-/// Measures all cases in turns: A, B, A, B, …
+/// Measures all cases in turns: each once in a round, in an order that differs from round to round,
+/// so that none of them always comes after the same other one.
 pub fn alternate(effort: Effort, mut cases: Vec<Case>) -> Vec<Samples> {
     let mut samples: Vec<_> =
-        cases.iter().map(|case| Samples { name: case.name.clone(), values: Vec::new() }).collect();
+        cases.iter().map(|case| Samples::new(&case.name, Vec::new())).collect();
+    let mut order: Vec<_> = (0..cases.len()).collect();
+    let mut random = Random::default();
     effort.rounds(|counts| {
-        for (case, samples) in cases.iter_mut().zip(&mut samples) {
-            let value = (case.run)();
+        random.shuffle(&mut order);
+        for &number in &order {
+            let value = (cases[number].run)();
             if counts {
-                samples.values.push(value);
+                samples[number].values.push(value);
             }
         }
     });
     samples
+}
+
+/// Numbers without a pattern, the same in each run: xorshift64.
+pub struct Random(u64);
+
+impl Default for Random {
+    fn default() -> Random {
+        Random(0x9e37_79b9_7f4a_7c15)
+    }
+}
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn shuffle<T>(&mut self, all: &mut [T]) {
+        for end in (1..all.len()).rev() {
+            all.swap(end, self.next() as usize % (end + 1));
+        }
+    }
 }
 
 /// The time of a program from its start to its end, in milliseconds. It must succeed.
@@ -98,4 +131,8 @@ pub fn whole_process(command: &mut Command) -> f64 {
 
 pub fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
+}
+
+pub fn median(values: Vec<f64>) -> f64 {
+    Samples::new("", values).median()
 }
