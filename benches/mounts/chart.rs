@@ -9,8 +9,8 @@ use crate::{SIZES, whole_process as whole};
 const LINES: [(&str, &str); 8] = [
     (whole::PIPELINE, "#c0392b"),
     (whole::FSVERITY, "#e59866"),
-    (whole::XZ, "#8e44ad"),
-    (whole::ZSTD, "#2980b9"),
+    (whole::MEMFD_XZ, "#8e44ad"),
+    (whole::MEMFD_ZSTD, "#2980b9"),
     (whole::MEMFD, "#145a32"),
     (whole::RAMFS, "#58b368"),
     (whole::PLAIN_COMPOSEFS, "#999999"),

@@ -30,7 +30,7 @@ impl Image {
         let mut content = fs::read(V1.image())?;
         content[1060..1064].copy_from_slice(&(size as u32 / 4096).to_le_bytes());
         fill(&mut content, size);
-        let path = bench.sandbox.file("image.cfs", &content);
+        let path = bench.sandbox.file(&format!("{}.cfs", size / MIB), &content);
         let digest = compute_digest(Algorithm::Sha256, &content);
         drop(content);
         let compressed =
@@ -46,10 +46,6 @@ impl Image {
         let xz = compressed(&bench.programs.xz, &options, "cfs.xz");
         File::open(&path)?.sync_all()?;
         Ok(Image { path, size, digest, zstd, xz })
-    }
-
-    pub fn remove(self) -> io::Result<()> {
-        [Some(self.path), self.zstd, self.xz].iter().flatten().try_for_each(fs::remove_file)
     }
 }
 

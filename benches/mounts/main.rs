@@ -18,14 +18,14 @@ mod timing;
 mod whole_process;
 
 use std::error::Error;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use common::Sandbox;
 use images::{Image, MIB};
 use programs::{Program, Programs};
 use report::Report;
-use rustix::mount::{UnmountFlags, unmount};
 use timing::Effort;
 
 /// What everything that is measured needs.
@@ -46,8 +46,27 @@ impl Bench {
     }
 
     fn unmount(&self) {
-        unmount(&self.mnt, UnmountFlags::empty()).unwrap();
-        memory::settle();
+        common::umount(&self.mnt);
+    }
+
+    /// Runs something that takes so many bytes of memory for as long as it lasts: right before it they
+    /// are free, and once more right behind it.
+    ///
+    /// A kernel in a virtual machine may give memory back to the host that was free for a moment (free
+    /// page reporting). Taking it again costs more than filling it, and nobody can tell when that
+    /// happens. So it is in use until just before.
+    fn with_memory<T>(&self, bytes: usize, run: impl FnOnce() -> T) -> T {
+        let before = memory::held();
+        let path = self.tmpfs.join("to-be-freed");
+        let mut file = File::create(&path).unwrap();
+        for _ in 0..bytes.div_ceil(MIB) {
+            file.write_all(&[1; MIB]).unwrap();
+        }
+        drop(file);
+        fs::remove_file(&path).unwrap();
+        let result = run();
+        memory::wait_until_freed(before);
+        result
     }
 }
 
@@ -80,6 +99,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut report = Report::new(&bench.programs.versions);
     digests::measure(&bench, &mut report);
     memory::measure(&bench, &mut report)?;
+    let mut images = Vec::new();
     for size in SIZES {
         if quick && size > 100 * MIB || size as u64 > memory::available() / 4 {
             report.skip(format!("images of {} MB: they take too long or too much", size / MIB));
@@ -91,8 +111,9 @@ fn main() -> Result<(), Box<dyn Error>> {
             measures::measure_data_limit(&bench, &image, &mut report);
         }
         whole_process::measure(&bench, &image, &mut report);
-        image.remove()?;
+        images.push(image);
     }
+    whole_process::measure_growth(&bench, &images, &mut report);
     whole_process::tabulate(&mut report);
     measures::tabulate(&mut report);
 

@@ -6,8 +6,8 @@ use std::process::Stdio;
 use crate::images::{Image, MIB};
 use crate::report::{Report, Table};
 use crate::timing::Samples;
-use crate::whole_process::{self as whole, copy_options};
-use crate::{Bench, MEASURED_SIZE, digests, memory};
+use crate::whole_process::{self as whole, GROWTH, GROWTH_GROUP, copy_options, of_size};
+use crate::{Bench, MEASURED_SIZE, digests};
 
 const DATA_LIMIT: &str = "MiB, least RLIMIT_DATA";
 
@@ -22,8 +22,8 @@ pub fn measure_data_limit(bench: &Bench, image: &Image, report: &mut Report) {
         let mut command = prlimit.command();
         command.arg(format!("--data={limit}")).args(bench.programs.helper.words());
         command.args(["-f", "-o", &options]).arg(file).arg(&bench.mnt);
-        let status = command.stdin(Stdio::null()).stderr(Stdio::null()).status();
-        memory::settle();
+        command.stdin(Stdio::null()).stderr(Stdio::null());
+        let status = bench.with_memory(0, || command.status());
         status.is_ok_and(|status| status.success())
     };
     let files = [
@@ -48,6 +48,7 @@ pub fn measure_data_limit(bench: &Bench, image: &Image, report: &mut Report) {
         }
     }
 }
+
 enum Limit {
     AtMost(f64),
     AtLeast(f64),
@@ -68,6 +69,11 @@ impl Found {
         let of_medians = Some(one.median() / other.median());
         Found { rounds: one.ratios_to(other), of_medians }
     }
+
+    fn scaled(self, factor: f64) -> Found {
+        let of_medians = self.of_medians.map(|ratio| ratio * factor);
+        Found { rounds: self.rounds.scaled(factor), of_medians }
+    }
 }
 
 /// Each measure, its limit, and what was found.
@@ -85,11 +91,10 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
         let rounds = report.samples("memory, of the image", name)?.clone();
         Some(Found { rounds, of_medians: None })
     };
-    let gigabyte = whole::group(1024 * MIB);
+    let [small, large] = GROWTH;
     let for_a_byte = |name| {
-        let small = report.median(&whole::group(100 * MIB), name)?;
-        let ratio = report.median(&gigabyte, name)? / small * 100.0 / 1024.0;
-        Some(Found { rounds: Samples::new(name, vec![ratio]), of_medians: Some(ratio) })
+        let found = ratio(GROWTH_GROUP, &of_size(name, large), &of_size(name, small))?;
+        Some(found.scaled(small as f64 / large as f64))
     };
     let data = |name| {
         let rounds = report.samples(DATA_LIMIT, name)?.clone();
@@ -124,12 +129,12 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
         (
             "zstd, copy and digest ÷ `zstd -d` to a tmpfs",
             AtMost(1.2),
-            whole_process(whole::ZSTD, whole::ZSTD_PROGRAM),
+            whole_process(whole::MEMFD_ZSTD, whole::ZSTD_PROGRAM),
         ),
         (
             "xz, copy and digest ÷ `xz -d` to a tmpfs",
             Limit::None,
-            whole_process(whole::XZ, whole::XZ_PROGRAM),
+            whole_process(whole::MEMFD_XZ, whole::XZ_PROGRAM),
         ),
         (
             "plain ÷ composefs's mount.composefs",
@@ -151,8 +156,9 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
             Limit::None,
             of_image("memfd, walked"),
         ),
-        ("time for a byte, 1 GB ÷ 100 MB, memfd", AtMost(1.1), for_a_byte(whole::MEMFD)),
-        ("time for a byte, 1 GB ÷ 100 MB, ramfs", AtMost(1.1), for_a_byte(whole::RAMFS)),
+        ("time for a byte, 1 GB ÷ 100 MB: copy=memfd", AtMost(1.1), for_a_byte(whole::MEMFD)),
+        ("time for a byte, 1 GB ÷ 100 MB: copy=ramfs", AtMost(1.1), for_a_byte(whole::RAMFS)),
+        ("time for a byte, 1 GB ÷ 100 MB: `cat` to a tmpfs", Limit::None, for_a_byte(whole::CAT)),
         ("MiB of anonymous memory, uncompressed", AtMost(8.0), data("uncompressed")),
         ("MiB of anonymous memory, zstd", AtMost(8.0), data("zstd")),
         ("MiB of anonymous memory, xz (its window is up to 8 MiB)", AtMost(16.0), data("xz")),

@@ -46,31 +46,30 @@ pub fn available() -> u64 {
     MemInfo::read().get("MemAvailable")
 }
 
-/// Waits until the kernel has given back, in the background, what was unmounted.
-pub fn settle() {
-    let in_use = || {
-        let info = MemInfo::read();
-        info.get("Shmem") + info.get("Unevictable")
-    };
-    let mut before = in_use();
-    for _ in 0..20 {
+/// Memory that is freed only when what holds it is unmounted or removed, in bytes.
+pub fn held() -> u64 {
+    let info = MemInfo::read();
+    info.get("Shmem") + info.get("Unevictable")
+}
+
+/// Waits until no more is held than was before: the kernel frees what was unmounted a moment later.
+/// Others may have taken some meanwhile, so no longer than a gigabyte takes.
+pub fn wait_until_freed(before: u64) {
+    for _ in 0..50 {
         std::thread::sleep(Duration::from_millis(10));
-        let now = in_use();
-        if now.abs_diff(before) < MIB as u64 {
+        if held() < before + MIB as u64 {
             return;
         }
-        before = now;
     }
 }
 
 pub fn measure(bench: &Bench, report: &mut Report) -> Result<(), Box<dyn Error>> {
     println!("memory…");
-    let (image, synthetic) = match std::env::var_os(IMAGE).map(PathBuf::from) {
-        Some(path) => (uncompressed(bench, &path)?, None),
+    let image = match std::env::var_os(IMAGE).map(PathBuf::from) {
+        Some(path) => uncompressed(bench, &path)?,
         None => {
-            let image = Image::create(bench, 40 * MIB)?;
             report.skip(format!("memory of a real image: {IMAGE} names none"));
-            (image.path.clone(), Some(image))
+            Image::create(bench, 40 * MIB)?.path
         }
     };
     let size = fs::metadata(&image)?.len();
@@ -87,20 +86,20 @@ pub fn measure(bench: &Bench, report: &mut Report) -> Result<(), Box<dyn Error>>
     fs::read(&image).unwrap();
     bench.effort.rounds(|counts| {
         for ((_, options), grown) in kinds.iter().zip(&mut grown) {
-            settle();
-            let before = MemInfo::read();
-            bench.mount(&bench.programs.helper, options, &image);
-            for (walked, grown) in grown.iter_mut().enumerate() {
-                if walked == 1 {
-                    entries = walk(&bench.mnt);
+            bench.with_memory(0, || {
+                let before = MemInfo::read();
+                bench.mount(&bench.programs.helper, options, &image);
+                for (walked, grown) in grown.iter_mut().enumerate() {
+                    if walked == 1 {
+                        entries = walk(&bench.mnt);
+                    }
+                    let now = MemInfo::read().since(&before);
+                    if counts {
+                        grown.iter_mut().zip(now).for_each(|(values, value)| values.push(value));
+                    }
                 }
-                settle();
-                let now = MemInfo::read().since(&before);
-                if counts {
-                    grown.iter_mut().zip(now).for_each(|(values, value)| values.push(value));
-                }
-            }
-            bench.unmount();
+                bench.unmount();
+            });
         }
     });
 
@@ -124,10 +123,6 @@ pub fn measure(bench: &Bench, report: &mut Report) -> Result<(), Box<dyn Error>>
         }
     }
     report.table(table);
-    match synthetic {
-        Some(image) => image.remove()?,
-        None => fs::remove_file(image)?,
-    }
     Ok(())
 }
 

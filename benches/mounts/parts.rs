@@ -29,7 +29,9 @@ pub fn measure(bench: &Bench, image: &Image, report: &mut Report) {
             options.copy = *copy;
             options.digest = digest.then_some(image.digest);
             options.verity = Some(Verity::Off);
-            for (time, (_, times)) in mount(bench, &options, image).iter().zip(samples) {
+            let memory = copy.map_or(0, |_| image.size);
+            let times = bench.with_memory(memory, || mount(bench, &options, image));
+            for (time, (_, times)) in times.iter().zip(samples) {
                 if counts {
                     times.push(*time);
                 }

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 /// How often something is measured.
 #[derive(Clone, Copy)]
 pub struct Effort {
+    /// A first round that does not count: caches fill.
+    warms_up: bool,
     rounds_min: usize,
     rounds_max: usize,
     /// No further round begins after that.
@@ -14,12 +16,25 @@ pub struct Effort {
 
 impl Effort {
     pub const FULL: Effort =
-        Effort { rounds_min: 3, rounds_max: 61, time: Duration::from_secs(12) };
-    pub const QUICK: Effort = Effort { rounds_min: 2, rounds_max: 5, time: Duration::from_secs(1) };
+        Effort { warms_up: true, rounds_min: 7, rounds_max: 61, time: Duration::from_secs(10) };
+    pub const QUICK: Effort =
+        Effort { rounds_min: 2, rounds_max: 5, time: Duration::from_secs(1), ..Effort::FULL };
 
-    /// Calls `round` so often, and once before that does not count: caches fill.
+    /// For what takes seconds each time, and so long that caches do not count.
+    pub fn for_slow(self) -> Effort {
+        Effort { warms_up: false, rounds_min: self.rounds_min.min(3), ..self }
+    }
+
+    /// For a figure that needs so many rounds, however long they take.
+    pub fn at_least(self, rounds: usize) -> Effort {
+        Effort { rounds_min: rounds.min(self.rounds_max), ..self }
+    }
+
+    /// Calls `round` so often; it is told whether it counts.
     pub fn rounds(&self, mut round: impl FnMut(bool)) {
-        round(false);
+        if self.warms_up {
+            round(false);
+        }
         let start = Instant::now();
         for done in 0..self.rounds_max {
             if done >= self.rounds_min && start.elapsed() > self.time {
@@ -73,6 +88,11 @@ impl Samples {
     pub fn ratios_to(&self, other: &Samples) -> Samples {
         let ratios = self.values.iter().zip(&other.values).map(|(one, other)| one / other);
         Samples::new(&self.name, ratios.collect())
+    }
+
+    pub fn scaled(mut self, factor: f64) -> Samples {
+        self.values.iter_mut().for_each(|value| *value *= factor);
+        self
     }
 }
 

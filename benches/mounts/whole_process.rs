@@ -9,43 +9,46 @@ use crate::images::{Image, MIB, make_cold};
 use crate::programs::Program;
 use crate::report::{Report, Table};
 use crate::timing::{Case, alternate, whole_process};
-use crate::{Bench, SIZES, digests, memory};
+use crate::{Bench, SIZES, digests};
 
 pub const PLAIN: &str = "plain mount";
 pub const PLAIN_DYNAMIC: &str = "plain mount, not static";
 pub const PLAIN_COMPOSEFS: &str = "composefs: mount.composefs";
 pub const PLAIN_COMPOSEFS_RS: &str = "composefs-rs: mount.composefs";
 pub const MEMFD: &str = "copy=memfd,digest=";
-pub const MEMFD_DYNAMIC: &str = "copy=memfd,digest=, not static";
+pub const MEMFD_COLD: &str = "copy=memfd,digest=, not in the page cache";
 pub const RAMFS: &str = "copy=ramfs,digest=";
-pub const COLD: &str = "copy=memfd,digest=, not in the page cache";
 pub const PIPELINE: &str = "cp to a tmpfs; fsverity digest; mount.composefs";
 pub const CAT: &str = "cat to a tmpfs";
 pub const DIGEST_ALONE: &str = "the digest alone, all cores";
 pub const FSVERITY: &str = "fsverity digest";
-pub const ZSTD: &str = "copy=memfd,digest= of image.cfs.zst";
+pub const MEMFD_ZSTD: &str = "copy=memfd,digest= of image.cfs.zst";
 pub const ZSTD_PROGRAM: &str = "zstd -d to a tmpfs";
-pub const XZ: &str = "copy=memfd,digest= of image.cfs.xz";
+pub const MEMFD_XZ: &str = "copy=memfd,digest= of image.cfs.xz";
 pub const XZ_PROGRAM: &str = "xz -d to a tmpfs";
 
-const ALL: [&str; 16] = [
+const ALL: [&str; 15] = [
     PLAIN,
     PLAIN_DYNAMIC,
     PLAIN_COMPOSEFS,
     PLAIN_COMPOSEFS_RS,
     MEMFD,
-    MEMFD_DYNAMIC,
+    MEMFD_COLD,
     RAMFS,
-    COLD,
     PIPELINE,
     CAT,
     DIGEST_ALONE,
     FSVERITY,
-    ZSTD,
+    MEMFD_ZSTD,
     ZSTD_PROGRAM,
-    XZ,
+    MEMFD_XZ,
     XZ_PROGRAM,
 ];
+
+/// The two sizes that are measured in the same rounds, to see whether a byte of the larger takes longer.
+pub const GROWTH: [usize; 2] = [100 * MIB, 1024 * MIB];
+pub const GROWTH_GROUP: &str = "ms, both sizes in the same rounds";
+const GROWTH_ROUNDS: usize = 11;
 
 pub fn group(size: usize) -> String {
     format!("ms, {} MB", size / MIB)
@@ -53,15 +56,38 @@ pub fn group(size: usize) -> String {
 
 /// Measures what belongs together in turns.
 pub fn measure(bench: &Bench, image: &Image, report: &mut Report) {
-    for cases in [
-        plain(bench, image, report),
-        copies(bench, image, report),
-        vec![cold(bench, image)],
-        zstd(bench, image, report),
-        xz(bench, image, report),
+    for (name, effort, cases) in [
+        ("plain", bench.effort, plain(bench, image, report)),
+        ("copies", bench.effort, copies(bench, image, report)),
+        ("not in the page cache", bench.effort, cold(bench, image)),
+        ("zstd", bench.effort, zstd(bench, image, report)),
+        ("xz", bench.effort.for_slow(), xz(bench, image, report)),
     ] {
-        report.add(&group(image.size), alternate(bench.effort, cases));
+        println!("    {name}…");
+        report.add(&group(image.size), alternate(effort, cases));
     }
+}
+
+pub fn of_size(name: &str, size: usize) -> String {
+    format!("{name}, {} MB", size / MIB)
+}
+
+pub fn measure_growth(bench: &Bench, images: &[Image], report: &mut Report) {
+    if !GROWTH.iter().all(|size| images.iter().any(|image| image.size == *size)) {
+        return;
+    }
+    println!("time by size…");
+    let images = images.iter().filter(|image| GROWTH.contains(&image.size));
+    let cases = images.flat_map(|image| {
+        let name = |name| of_size(name, image.size);
+        [
+            copying(bench, &name(MEMFD), "memfd", image, &image.path),
+            copying(bench, &name(RAMFS), "ramfs", image, &image.path),
+            cat(bench, &name(CAT), image),
+        ]
+    });
+    let effort = bench.effort.at_least(GROWTH_ROUNDS);
+    report.add(GROWTH_GROUP, alternate(effort, cases.collect()));
 }
 
 pub fn tabulate(report: &mut Report) {
@@ -79,7 +105,6 @@ pub fn tabulate(report: &mut Report) {
 }
 
 fn plain<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Case<'a>> {
-    let options = format!("basedir={}", V1.objects().display());
     let programs = &bench.programs;
     [
         (PLAIN, Some(&programs.helper)),
@@ -93,22 +118,17 @@ fn plain<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Cas
             report.skip(format!("{name}: not here"));
             return None;
         };
-        Some(mounting(bench, name, program, options.clone(), &image.path))
+        Some(mounting(bench, name, program, plain_options(), &image.path, 0))
     })
     .collect()
 }
 
 fn copies<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Case<'a>> {
     let programs = &bench.programs;
-    let (memfd, ramfs) = (copy_options(image, "memfd"), copy_options(image, "ramfs"));
     let mut cases = vec![
-        mounting(bench, MEMFD, &programs.helper, memfd.clone(), &image.path),
-        mounting(bench, MEMFD_DYNAMIC, &programs.dynamic_helper, memfd, &image.path),
-        mounting(bench, RAMFS, &programs.helper, ramfs, &image.path),
-        Case::new(CAT, || {
-            let mut command = Command::new("cat");
-            into_tmpfs(bench, command.arg(&image.path))
-        }),
+        copying(bench, MEMFD, "memfd", image, &image.path),
+        copying(bench, RAMFS, "ramfs", image, &image.path),
+        cat(bench, CAT, image),
         Case::new(DIGEST_ALONE, || {
             let mut this = Command::new(std::env::current_exe().unwrap());
             this.arg(digests::COMMAND).arg(&image.path).arg(image.digest.to_string());
@@ -128,57 +148,47 @@ fn copies<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Ca
 }
 
 /// Apart from the others, which find the image in the page cache.
-fn cold<'a>(bench: &'a Bench, image: &'a Image) -> Case<'a> {
+fn cold<'a>(bench: &'a Bench, image: &'a Image) -> Vec<Case<'a>> {
     let options = copy_options(image, "memfd");
-    Case::new(COLD, move || {
-        make_cold(&image.path);
-        let time = bench.mount(&bench.programs.helper, &options, &image.path);
-        bench.unmount();
-        time
-    })
+    vec![Case::new(MEMFD_COLD, move || {
+        // Twice: what is read is kept in the page cache once more.
+        bench.with_memory(2 * image.size, || {
+            make_cold(&image.path);
+            let time = bench.mount(&bench.programs.helper, &options, &image.path);
+            bench.unmount();
+            time
+        })
+    })]
 }
 
 fn zstd<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Case<'a>> {
-    let (program, file) = (&bench.programs.zstd, &image.zstd);
-    compressed(bench, image, [ZSTD, ZSTD_PROGRAM], program.as_ref().zip(file.as_ref()), report)
+    let names = [MEMFD_ZSTD, ZSTD_PROGRAM];
+    compressed(bench, image, names, &bench.programs.zstd, &image.zstd, report)
 }
 
 fn xz<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Case<'a>> {
-    let (program, file) = (&bench.programs.xz, &image.xz);
-    compressed(bench, image, [XZ, XZ_PROGRAM], program.as_ref().zip(file.as_ref()), report)
+    let names = [MEMFD_XZ, XZ_PROGRAM];
+    compressed(bench, image, names, &bench.programs.xz, &image.xz, report)
 }
 
 fn compressed<'a>(
     bench: &'a Bench,
     image: &'a Image,
-    [name, program_name]: [&str; 2],
-    program: Option<(&'a Program, &'a PathBuf)>,
+    [memfd, program_name]: [&str; 2],
+    program: &'a Option<Program>,
+    file: &'a Option<PathBuf>,
     report: &mut Report,
 ) -> Vec<Case<'a>> {
-    let Some((program, file)) = program else {
-        report.skip(format!("{name}: the program that makes one is not here"));
+    let (Some(program), Some(file)) = (program, file) else {
+        report.skip(format!("{memfd}: the program that makes one is not here"));
         return Vec::new();
     };
-    let options = copy_options(image, "memfd");
-    if let Err(reason) = takes(bench, &options, file) {
-        report.skip(format!("{name}: {reason}"));
-        return Vec::new();
-    }
     vec![
-        mounting(bench, name, &bench.programs.helper, options, file),
-        Case::new(program_name, move || into_tmpfs(bench, program.command().arg("-dc").arg(file))),
+        copying(bench, memfd, "memfd", image, file),
+        Case::new(program_name, move || {
+            into_tmpfs(bench, program.command().arg("-dc").arg(file), image.size)
+        }),
     ]
-}
-
-/// Whether the helper mounts this; what it says if not.
-fn takes(bench: &Bench, options: &str, image: &Path) -> Result<(), String> {
-    let mut helper = bench.programs.helper.command();
-    let output = helper.args(["-f", "-o", options]).arg(image).arg(&bench.mnt).output().unwrap();
-    memory::settle();
-    let text = String::from_utf8_lossy(&output.stderr);
-    let image = format!("{}", image.display());
-    let reason = || text.lines().next().unwrap_or_default().replace(&image, "image");
-    output.status.success().then_some(()).ok_or_else(reason)
 }
 
 /// The objects' fs-verity is not what is measured.
@@ -186,27 +196,50 @@ pub fn copy_options(image: &Image, kind: &str) -> String {
     format!("copy={kind},digest={},noverity,basedir={}", image.digest, V1.objects().display())
 }
 
+fn plain_options() -> String {
+    format!("basedir={}", V1.objects().display())
+}
+
+/// Copies an image, from this file of it.
+fn copying<'a>(
+    bench: &'a Bench,
+    name: &str,
+    kind: &str,
+    image: &Image,
+    file: &'a Path,
+) -> Case<'a> {
+    mounting(bench, name, &bench.programs.helper, copy_options(image, kind), file, image.size)
+}
+
 fn mounting<'a>(
     bench: &'a Bench,
     name: &str,
     program: &'a Program,
     options: String,
-    image: &'a Path,
+    file: &'a Path,
+    memory: usize,
 ) -> Case<'a> {
     Case::new(name, move || {
-        let time = bench.mount(program, &options, image);
-        bench.unmount();
-        time
+        bench.with_memory(memory, || {
+            let time = bench.mount(program, &options, file);
+            bench.unmount();
+            time
+        })
     })
 }
 
+fn cat<'a>(bench: &'a Bench, name: &str, image: &'a Image) -> Case<'a> {
+    Case::new(name, || into_tmpfs(bench, Command::new("cat").arg(&image.path), image.size))
+}
+
 /// What the program prints, written to a new file in a tmpfs.
-fn into_tmpfs(bench: &Bench, command: &mut Command) -> f64 {
-    let file = bench.tmpfs.join("image.cfs");
-    let time = whole_process(command.stdout(File::create(&file).unwrap()));
-    fs::remove_file(file).unwrap();
-    memory::settle();
-    time
+fn into_tmpfs(bench: &Bench, command: &mut Command, size: usize) -> f64 {
+    bench.with_memory(size, || {
+        let file = bench.tmpfs.join("image.cfs");
+        let time = whole_process(command.stdout(File::create(&file).unwrap()));
+        fs::remove_file(file).unwrap();
+        time
+    })
 }
 
 fn fsverity_digest(fsverity: &Program, image: &Path) -> f64 {
@@ -217,11 +250,12 @@ fn fsverity_digest(fsverity: &Program, image: &Path) -> f64 {
 /// that a shell takes.
 fn pipeline(bench: &Bench, fsverity: &Program, composefs: &Program, image: &Image) -> f64 {
     let copy = bench.tmpfs.join("image.cfs");
-    let options = format!("basedir={}", V1.objects().display());
-    let time = whole_process(Command::new("cp").arg(&image.path).arg(&copy))
-        + fsverity_digest(fsverity, &copy)
-        + bench.mount(composefs, &options, &copy);
-    fs::remove_file(&copy).unwrap();
-    bench.unmount();
-    time
+    bench.with_memory(image.size, || {
+        let time = whole_process(Command::new("cp").arg(&image.path).arg(&copy))
+            + fsverity_digest(fsverity, &copy)
+            + bench.mount(composefs, &plain_options(), &copy);
+        fs::remove_file(&copy).unwrap();
+        bench.unmount();
+        time
+    })
 }
