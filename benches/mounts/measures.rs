@@ -7,7 +7,7 @@ use crate::images::{Image, MIB};
 use crate::report::{Report, Table};
 use crate::timing::Samples;
 use crate::whole_process::{self as whole, GROWTH, GROWTH_GROUP, copy_options, of_size};
-use crate::{Bench, MEASURED_SIZE, digests};
+use crate::{Bench, MEASURED_SIZE, digests, memory};
 
 const DATA_LIMIT: &str = "MiB, least RLIMIT_DATA";
 
@@ -88,7 +88,7 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
         false => other,
     };
     let of_image = |name| {
-        let rounds = report.samples("memory, of the image", name)?.clone();
+        let rounds = report.samples(memory::OF_IMAGE, name)?.clone();
         Some(Found { rounds, of_medians: None })
     };
     let [small, large] = GROWTH;
@@ -149,12 +149,12 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
         (
             "ramfs: memory after walking the tree, beside directories' own ÷ image",
             AtMost(1.05),
-            of_image("ramfs, walked"),
+            of_image(memory::RAMFS_WALKED),
         ),
         (
             "memfd: memory after walking the tree, beside directories' own ÷ image",
             Limit::None,
-            of_image("memfd, walked"),
+            of_image(memory::MEMFD_WALKED),
         ),
         ("time for a byte, 1 GB ÷ 100 MB: copy=memfd", AtMost(1.1), for_a_byte(whole::MEMFD)),
         ("time for a byte, 1 GB ÷ 100 MB: copy=ramfs", AtMost(1.1), for_a_byte(whole::RAMFS)),

@@ -10,10 +10,22 @@ use crate::Bench;
 use crate::common::{V1, run};
 use crate::images::{Image, MIB};
 use crate::report::{Report, Table};
-use crate::timing::median;
+use crate::timing::Samples;
 
 /// `SEALMOUNT_BENCH_IMAGE` names a real image to walk, maybe compressed with zstd.
 const IMAGE: &str = "SEALMOUNT_BENCH_IMAGE";
+
+/// In the group of [`of_image`].
+pub const RAMFS_WALKED: &str = "ramfs, walked";
+pub const MEMFD_WALKED: &str = "memfd, walked";
+
+const KINDS: [&str; 3] = ["plain", "memfd", "ramfs"];
+const TIMES: [&str; 2] = ["mounted", "walked"];
+const COLUMNS: [&str; 5] = ["Shmem", "Unevictable", "Buffers", "all page cache", "Slab"];
+const PAGE_CACHE: usize = 3;
+
+/// The group of figures of what an image takes, as a part of its size.
+pub const OF_IMAGE: &str = "memory, of the image";
 
 /// /proc/meminfo, in bytes.
 pub struct MemInfo(HashMap<String, u64>);
@@ -28,17 +40,25 @@ impl MemInfo {
         MemInfo(text.lines().filter_map(parse).collect())
     }
 
+    /// With what each core has not told yet.
+    fn read_all() -> MemInfo {
+        fs::write("/proc/sys/vm/stat_refresh", "1").unwrap();
+        MemInfo::read()
+    }
+
     pub fn get(&self, name: &str) -> u64 {
         self.0.get(name).copied().unwrap_or(0)
     }
 
-    /// What has been added of memory in tmpfs files and memfds, of such as is never swapped out
-    /// (ramfs), of the page cache of block devices (loop), and of all page cache, these included.
-    fn since(&self, before: &MemInfo) -> [f64; 4] {
-        let grown = |name| self.get(name) as f64 - before.get(name) as f64;
-        let (shmem, unevictable, buffers) =
-            (grown("Shmem"), grown("Unevictable"), grown("Buffers"));
-        [shmem, unevictable, buffers, grown("Cached") + buffers]
+    /// What has been added, in MB, of memory in tmpfs files and memfds, of such as is never swapped out
+    /// (ramfs), of the page cache of block devices (loop), of all page cache, these included, and of
+    /// dentries, inodes and the like.
+    fn since(&self, before: &MemInfo) -> [f64; COLUMNS.len()] {
+        let grown = |name| (self.get(name) as f64 - before.get(name) as f64) / MIB as f64;
+        COLUMNS.map(|name| match name {
+            "all page cache" => grown("Cached") + grown("Buffers"),
+            name => grown(name),
+        })
     }
 }
 
@@ -72,30 +92,30 @@ pub fn measure(bench: &Bench, report: &mut Report) -> Result<(), Box<dyn Error>>
             Image::create(bench, 40 * MIB)?.path
         }
     };
-    let size = fs::metadata(&image)?.len();
-    let columns = ["Shmem", "Unevictable", "Buffers", "all page cache"];
+    let size = fs::metadata(&image)?.len() as f64 / MIB as f64;
     let options = format!("basedir={}", V1.objects().display());
-    let kinds = ["plain", "memfd", "ramfs"].map(|kind| match kind {
-        "plain" => (kind, options.clone()),
-        _ => (kind, format!("copy={kind},{options}")),
-    });
     // The figures of the columns, mounted and walked, of each kind.
-    let mut grown = [(); 3].map(|()| [(); 2].map(|()| columns.map(|_| Vec::new())));
+    let mut grown =
+        KINDS.map(|_| TIMES.map(|_| COLUMNS.map(|column| Samples::new(column, vec![]))));
     let mut entries = 0;
-    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
-    fs::read(&image).unwrap();
+    fs::write("/proc/sys/vm/drop_caches", "3")?;
+    fs::read(&image)?;
     bench.effort.rounds(|counts| {
-        for ((_, options), grown) in kinds.iter().zip(&mut grown) {
+        for (kind, grown) in KINDS.iter().zip(&mut grown) {
+            let options = match *kind {
+                "plain" => options.clone(),
+                kind => format!("copy={kind},{options}"),
+            };
             bench.with_memory(0, || {
-                let before = MemInfo::read();
-                bench.mount(&bench.programs.helper, options, &image);
-                for (walked, grown) in grown.iter_mut().enumerate() {
-                    if walked == 1 {
+                let before = MemInfo::read_all();
+                bench.mount(&bench.programs.helper, &options, &image);
+                for (when, grown) in TIMES.iter().zip(grown) {
+                    if *when == "walked" {
                         entries = walk(&bench.mnt);
                     }
-                    let now = MemInfo::read().since(&before);
+                    let now = MemInfo::read_all().since(&before);
                     if counts {
-                        grown.iter_mut().zip(now).for_each(|(values, value)| values.push(value));
+                        grown.iter_mut().zip(now).for_each(|(all, new)| all.values.push(new));
                     }
                 }
                 bench.unmount();
@@ -103,23 +123,27 @@ pub fn measure(bench: &Bench, report: &mut Report) -> Result<(), Box<dyn Error>>
         }
     });
 
-    let title = format!("MB, image of {:.1}", size as f64 / 1e6);
-    let header = [title.as_str()].into_iter().chain(columns).chain(["÷ image"]);
+    let title = format!("MB, image of {size:.1}");
+    let header = [title.as_str()].into_iter().chain(COLUMNS).chain(["÷ image"]);
     let mut table = Table::new("memory", header.collect());
-    let grown = grown.map(|grown| grown.map(|columns| columns.map(median)));
-    for (number, when) in ["mounted", "walked"].iter().enumerate() {
-        // The image is in the page cache already when it is mounted from its file.
-        let directories = grown[0][number][3];
-        for ((kind, _), grown) in kinds.iter().zip(&grown) {
-            let all = grown[number][3];
-            let of_image = (all - directories) / size as f64;
+    for (number, when) in TIMES.iter().enumerate() {
+        for (kind, grown_by_kind) in KINDS.iter().zip(&grown) {
+            let columns = &grown_by_kind[number];
+            // The image is in the page cache already when it is mounted from its file.
+            let directories = &grown[0][number][PAGE_CACHE].values;
+            let of_image = columns[PAGE_CACHE].values.iter().zip(directories);
+            let of_image = of_image.map(|(all, directories)| (all - directories) / size).collect();
+            let of_image = Samples::new(&format!("{kind}, {when}"), of_image);
+
             let label = match *when {
                 "walked" => format!("{kind}, {entries} entries walked"),
                 _ => format!("{kind}, mounted"),
             };
-            let cells = grown[number].iter().map(|bytes| format!("{:.1}", bytes / 1e6));
-            table.row([label].into_iter().chain(cells).chain([format!("{of_image:.2}")]));
-            report.figure("memory, of the image", &format!("{kind}, {when}"), of_image);
+            let cells = columns.iter().map(|column| format!("{:.1}", column.median()));
+            let last = format!("{:.2}", of_image.median());
+            table.row([label].into_iter().chain(cells).chain([last]));
+            report.add(&format!("MB, {kind}, {when}"), columns.to_vec());
+            report.add(OF_IMAGE, vec![of_image]);
         }
     }
     report.table(table);

@@ -152,7 +152,3 @@ pub fn whole_process(command: &mut Command) -> f64 {
 pub fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1000.0
 }
-
-pub fn median(values: Vec<f64>) -> f64 {
-    Samples::new("", values).median()
-}
