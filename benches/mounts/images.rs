@@ -9,17 +9,25 @@ use sealmount::{Algorithm, Digest, compute_digest};
 
 use crate::Bench;
 use crate::common::V1;
+use crate::programs::Program;
 use crate::timing::Random;
 
 pub const MIB: usize = 1024 * 1024;
 
-/// An image, and what the zstd and xz programs make of it where they are installed.
+/// The window of what the programs make, of which a decoder keeps as much: zstd's by default, xz's by
+/// default, and gzip's, which knows but one.
+pub const ZSTD_WINDOW: usize = 2 * MIB;
+pub const XZ_WINDOW: usize = 8 * MIB;
+pub const GZIP_WINDOW: usize = 32 * 1024;
+
+/// An image, and what the compressing programs make of it where they are installed.
 pub struct Image {
     pub path: PathBuf,
     pub size: usize,
     pub digest: Digest,
     pub zstd: Option<PathBuf>,
     pub xz: Option<PathBuf>,
+    pub gzip: Option<PathBuf>,
 }
 
 impl Image {
@@ -33,19 +41,26 @@ impl Image {
         let path = bench.sandbox.file(&format!("{}.cfs", size / MIB), &content);
         let digest = compute_digest(Algorithm::Sha256, &content);
         drop(content);
-        let compressed =
-            |program: &Option<crate::programs::Program>, arguments: &[&str], suffix| {
-                let program = program.as_ref()?;
-                let status = program.command().args(arguments).arg(&path).status();
-                assert!(status.is_ok_and(|status| status.success()), "{arguments:?}");
-                Some(path.with_extension(suffix))
-            };
-        let zstd = compressed(&bench.programs.zstd, &["--quiet", "--keep"], "cfs.zst");
-        // The window of the default, which takes ten times as long and saves a fifth more.
-        let options = ["--threads=0", "--lzma2=preset=1,dict=8MiB", "--keep"];
-        let xz = compressed(&bench.programs.xz, &options, "cfs.xz");
-        File::open(&path)?.sync_all()?;
-        Ok(Image { path, size, digest, zstd, xz })
+        let compressed = |program: &Option<Program>, arguments: &[&str], suffix| {
+            let program = program.as_ref()?;
+            let mut command = program.command();
+            let status = command.args(arguments).arg("--keep").arg(&path).status();
+            assert!(status.is_ok_and(|status| status.success()), "{command:?}");
+            Some(path.with_extension(suffix))
+        };
+        let programs = &bench.programs;
+        // Without the preset, it takes ten times as long and saves a fifth more.
+        let xz = ["--threads=0", "--lzma2=preset=1,dict=8MiB"];
+        let image = Image {
+            size,
+            digest,
+            zstd: compressed(&programs.zstd, &["--quiet", "--zstd=wlog=21"], "cfs.zst"),
+            xz: compressed(&programs.xz, &xz, "cfs.xz"),
+            gzip: compressed(&programs.gzip, &["--fast"], "cfs.gz"),
+            path,
+        };
+        File::open(&image.path)?.sync_all()?;
+        Ok(image)
     }
 }
 

@@ -4,6 +4,7 @@
 //! named by variables, see [`programs`].
 #![forbid(unsafe_code)]
 
+mod anonymous;
 mod chart;
 #[path = "../../tests/common/mod.rs"]
 mod common;
@@ -108,12 +109,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         let image = Image::create(&bench, size)?;
         if size == MEASURED_SIZE {
             parts::measure(&bench, &image, &mut report);
-            measures::measure_data_limit(&bench, &image, &mut report);
         }
+        anonymous::measure(&bench, &image, &mut report);
         whole_process::measure(&bench, &image, &mut report);
         images.push(image);
     }
     whole_process::measure_growth(&bench, &images, &mut report);
+    anonymous::tabulate(&mut report);
     whole_process::tabulate(&mut report);
     measures::tabulate(&mut report);
 

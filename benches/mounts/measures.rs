@@ -1,53 +1,10 @@
 //! What the project has set itself, and what was found.
 
-use std::path::Path;
-use std::process::Stdio;
-
-use crate::images::{Image, MIB};
+use crate::images::MIB;
 use crate::report::{Report, Table};
 use crate::timing::Samples;
-use crate::whole_process::{self as whole, GROWTH, GROWTH_GROUP, copy_options, of_size};
-use crate::{Bench, MEASURED_SIZE, digests, memory};
-
-const DATA_LIMIT: &str = "MiB, least RLIMIT_DATA";
-
-/// Finds out with how little private writable memory the helper mounts an image, to 64 KiB: with
-/// prlimit(1). All threads and their stacks count.
-pub fn measure_data_limit(bench: &Bench, image: &Image, report: &mut Report) {
-    let Some(prlimit) = &bench.programs.prlimit else {
-        return report.skip(format!("{DATA_LIMIT}: no prlimit"));
-    };
-    let options = copy_options(image, "memfd");
-    let mounts = |file: &Path, limit: usize| {
-        let mut command = prlimit.command();
-        command.arg(format!("--data={limit}")).args(bench.programs.helper.words());
-        command.args(["-f", "-o", &options]).arg(file).arg(&bench.mnt);
-        command.stdin(Stdio::null()).stderr(Stdio::null());
-        let status = bench.with_memory(0, || command.status());
-        status.is_ok_and(|status| status.success())
-    };
-    let files = [
-        ("uncompressed", Some(&image.path)),
-        ("zstd", image.zstd.as_ref()),
-        ("xz", image.xz.as_ref()),
-    ];
-    for (name, file) in files {
-        let (mut too_little, mut enough) = (0, 64 * MIB);
-        match file {
-            Some(file) if mounts(file, enough) => {
-                while enough - too_little > 64 * 1024 {
-                    let middle = (enough + too_little) / 2;
-                    match mounts(file, middle) {
-                        true => enough = middle,
-                        false => too_little = middle,
-                    }
-                }
-                report.figure(DATA_LIMIT, name, enough as f64 / MIB as f64);
-            }
-            _ => report.skip(format!("{DATA_LIMIT}, {name}: it is not mounted")),
-        }
-    }
-}
+use crate::whole_process::{self as whole, GROWTH, GROWTH_GROUP, of_size};
+use crate::{MEASURED_SIZE, anonymous, digests, memory};
 
 enum Limit {
     AtMost(f64),
@@ -96,9 +53,10 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
         let found = ratio(GROWTH_GROUP, &of_size(name, large), &of_size(name, small))?;
         Some(found.scaled(small as f64 / large as f64))
     };
-    let data = |name| {
-        let rounds = report.samples(DATA_LIMIT, name)?.clone();
-        Some(Found { rounds, of_medians: None })
+    let anonymous = |number: usize| {
+        let (format, window) = anonymous::FORMATS[number];
+        let beside_window = anonymous::most(report, format)? - window as f64 / MIB as f64;
+        Some(Found { rounds: Samples::new(format, vec![beside_window]), of_medians: None })
     };
     vec![
         (
@@ -159,9 +117,10 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
         ("time for a byte, 1 GB ÷ 100 MB: copy=memfd", AtMost(1.1), for_a_byte(whole::MEMFD)),
         ("time for a byte, 1 GB ÷ 100 MB: copy=ramfs", AtMost(1.1), for_a_byte(whole::RAMFS)),
         ("time for a byte, 1 GB ÷ 100 MB: `cat` to a tmpfs", Limit::None, for_a_byte(whole::CAT)),
-        ("MiB of anonymous memory, uncompressed", AtMost(8.0), data("uncompressed")),
-        ("MiB of anonymous memory, zstd", AtMost(8.0), data("zstd")),
-        ("MiB of anonymous memory, xz (its window is up to 8 MiB)", AtMost(16.0), data("xz")),
+        ("MiB of anonymous memory, uncompressed", AtMost(4.0), anonymous(0)),
+        ("MiB of anonymous memory beside the window, zstd", AtMost(8.0), anonymous(1)),
+        ("MiB of anonymous memory beside the window, xz", AtMost(8.0), anonymous(2)),
+        ("MiB of anonymous memory beside the window, gzip", AtMost(8.0), anonymous(3)),
     ]
 }
 

@@ -15,16 +15,13 @@ impl Program {
         command
     }
 
-    /// To be run by another program.
-    pub fn words(&self) -> &[OsString] {
-        &self.0
-    }
-
-    /// What a variable names, its words separated by spaces.
+    /// What a variable names, its words separated by spaces. It must be there.
     fn from_environment(variable: &str) -> Option<Program> {
         let words = std::env::var(variable).ok()?;
         let words: Vec<_> = words.split_whitespace().map(OsString::from).collect();
-        (!words.is_empty()).then_some(Program(words))
+        let program = (!words.is_empty()).then_some(Program(words))?;
+        assert!(program.answer("--help").is_some(), "{variable} names {:?}: no program", program.0);
+        Some(program)
     }
 
     /// What it prints when asked like this.
@@ -47,7 +44,7 @@ pub struct Programs {
     pub openssl: Option<Program>,
     pub zstd: Option<Program>,
     pub xz: Option<Program>,
-    pub prlimit: Option<Program>,
+    pub gzip: Option<Program>,
     /// What the programs say of themselves.
     pub versions: Vec<String>,
 }
@@ -81,7 +78,7 @@ impl Programs {
             openssl,
             zstd,
             xz,
-            prlimit: in_path("prlimit", "resource limits"),
+            gzip: in_path("gzip", "--fast"),
             versions,
         }
     }

@@ -67,11 +67,6 @@ impl Report {
         self.groups.push((group.to_owned(), samples));
     }
 
-    /// A figure that is taken once.
-    pub fn figure(&mut self, group: &str, name: &str, value: f64) {
-        self.add(group, vec![Samples::new(name, vec![value])]);
-    }
-
     pub fn table(&mut self, table: Table) {
         self.tables.push(table);
     }

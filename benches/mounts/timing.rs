@@ -20,6 +20,10 @@ impl Effort {
     pub const QUICK: Effort =
         Effort { rounds_min: 2, rounds_max: 5, time: Duration::from_secs(1), ..Effort::FULL };
 
+    /// For what hardly differs.
+    pub const FEW: Effort =
+        Effort { warms_up: false, rounds_min: 1, rounds_max: 5, time: Duration::from_secs(1) };
+
     /// For what takes seconds each time, and so long that caches do not count.
     pub fn for_slow(self) -> Effort {
         Effort { warms_up: false, rounds_min: self.rounds_min.min(3), ..self }
