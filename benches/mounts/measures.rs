@@ -70,6 +70,11 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
             whole_process(whole::MEMFD, slower(whole::CAT, whole::DIGEST_ALONE)),
         ),
         (
+            "copy and digest: one core ÷ all cores",
+            Limit::None,
+            whole_process(whole::MEMFD_ONE_CORE, whole::MEMFD),
+        ),
+        (
             "SHA-256 on all cores ÷ openssl on one",
             AtLeast(1.7),
             ratio("GB/s, sha256", digests::ALL_CORES, digests::OPENSSL),

@@ -45,6 +45,7 @@ pub struct Programs {
     pub zstd: Option<Program>,
     pub xz: Option<Program>,
     pub gzip: Option<Program>,
+    pub taskset: Option<Program>,
     /// What the programs say of themselves.
     pub versions: Vec<String>,
 }
@@ -79,6 +80,7 @@ impl Programs {
             zstd,
             xz,
             gzip: in_path("gzip", "--fast"),
+            taskset: in_path("taskset", "--cpu-list"),
             versions,
         }
     }

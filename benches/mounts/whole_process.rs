@@ -13,35 +13,45 @@ use crate::{Bench, SIZES, digests};
 
 pub const PLAIN: &str = "plain mount";
 pub const PLAIN_DYNAMIC: &str = "plain mount, not static";
+pub const PLAIN_COLD: &str = "plain mount, not in the page cache";
 pub const PLAIN_COMPOSEFS: &str = "composefs: mount.composefs";
 pub const PLAIN_COMPOSEFS_RS: &str = "composefs-rs: mount.composefs";
 pub const MEMFD: &str = "copy=memfd,digest=";
+pub const MEMFD_ONE_CORE: &str = "copy=memfd,digest=, one core";
 pub const MEMFD_COLD: &str = "copy=memfd,digest=, not in the page cache";
 pub const RAMFS: &str = "copy=ramfs,digest=";
+pub const RAMFS_COLD: &str = "copy=ramfs,digest=, not in the page cache";
 pub const PIPELINE: &str = "cp to a tmpfs; fsverity digest; mount.composefs";
 pub const CAT: &str = "cat to a tmpfs";
 pub const DIGEST_ALONE: &str = "the digest alone, all cores";
 pub const FSVERITY: &str = "fsverity digest";
 pub const MEMFD_ZSTD: &str = "copy=memfd,digest= of image.cfs.zst";
+pub const RAMFS_ZSTD: &str = "copy=ramfs,digest= of image.cfs.zst";
 pub const ZSTD_PROGRAM: &str = "zstd -d to a tmpfs";
 pub const MEMFD_XZ: &str = "copy=memfd,digest= of image.cfs.xz";
+pub const RAMFS_XZ: &str = "copy=ramfs,digest= of image.cfs.xz";
 pub const XZ_PROGRAM: &str = "xz -d to a tmpfs";
 
-const ALL: [&str; 15] = [
+const ALL: [&str; 20] = [
     PLAIN,
     PLAIN_DYNAMIC,
+    PLAIN_COLD,
     PLAIN_COMPOSEFS,
     PLAIN_COMPOSEFS_RS,
     MEMFD,
+    MEMFD_ONE_CORE,
     MEMFD_COLD,
     RAMFS,
+    RAMFS_COLD,
     PIPELINE,
     CAT,
     DIGEST_ALONE,
     FSVERITY,
     MEMFD_ZSTD,
+    RAMFS_ZSTD,
     ZSTD_PROGRAM,
     MEMFD_XZ,
+    RAMFS_XZ,
     XZ_PROGRAM,
 ];
 
@@ -135,6 +145,13 @@ fn copies<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Ca
             whole_process(&mut this)
         }),
     ];
+    match &programs.taskset {
+        None => report.skip(format!("{MEMFD_ONE_CORE}: no taskset")),
+        Some(taskset) => {
+            let mut case = copying(bench, MEMFD_ONE_CORE, "memfd", image, &image.path);
+            cases.push(Case::new(MEMFD_ONE_CORE, move || on_one_core(taskset, &mut case.run)));
+        }
+    }
     match &programs.fsverity {
         None => report.skip(format!("{FSVERITY}: not here")),
         Some(fsverity) => {
@@ -149,32 +166,36 @@ fn copies<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Ca
 
 /// Apart from the others, which find the image in the page cache.
 fn cold<'a>(bench: &'a Bench, image: &'a Image) -> Vec<Case<'a>> {
-    let options = copy_options(image, "memfd");
-    vec![Case::new(MEMFD_COLD, move || {
-        // Twice: what is read is kept in the page cache once more.
-        bench.with_memory(2 * image.size, || {
-            make_cold(&image.path);
-            let time = bench.mount(&bench.programs.helper, &options, &image.path);
-            bench.unmount();
-            time
+    let kinds = [(PLAIN_COLD, None), (MEMFD_COLD, Some("memfd")), (RAMFS_COLD, Some("ramfs"))];
+    let case = |(name, kind): (&str, Option<&'static str>)| {
+        let options = kind.map_or_else(plain_options, |kind| copy_options(image, kind));
+        Case::new(name, move || {
+            // Twice: what is read is kept in the page cache once more.
+            bench.with_memory(kind.map_or(0, |_| 2 * image.size), || {
+                make_cold(&image.path);
+                let time = bench.mount(&bench.programs.helper, &options, &image.path);
+                bench.unmount();
+                time
+            })
         })
-    })]
+    };
+    kinds.map(case).into()
 }
 
 fn zstd<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Case<'a>> {
-    let names = [MEMFD_ZSTD, ZSTD_PROGRAM];
+    let names = [MEMFD_ZSTD, RAMFS_ZSTD, ZSTD_PROGRAM];
     compressed(bench, image, names, &bench.programs.zstd, &image.zstd, report)
 }
 
 fn xz<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Case<'a>> {
-    let names = [MEMFD_XZ, XZ_PROGRAM];
+    let names = [MEMFD_XZ, RAMFS_XZ, XZ_PROGRAM];
     compressed(bench, image, names, &bench.programs.xz, &image.xz, report)
 }
 
 fn compressed<'a>(
     bench: &'a Bench,
     image: &'a Image,
-    [memfd, program_name]: [&str; 2],
+    [memfd, ramfs, program_name]: [&str; 3],
     program: &'a Option<Program>,
     file: &'a Option<PathBuf>,
     report: &mut Report,
@@ -185,6 +206,7 @@ fn compressed<'a>(
     };
     vec![
         copying(bench, memfd, "memfd", image, file),
+        copying(bench, ramfs, "ramfs", image, file),
         Case::new(program_name, move || {
             into_tmpfs(bench, program.command().arg("-dc").arg(file), image.size)
         }),
@@ -240,6 +262,23 @@ fn into_tmpfs(bench: &Bench, command: &mut Command, size: usize) -> f64 {
         fs::remove_file(file).unwrap();
         time
     })
+}
+
+/// Lets the processes that are started meanwhile have one core.
+fn on_one_core(taskset: &Program, run: &mut dyn FnMut() -> f64) -> f64 {
+    // Of the main thread, which is this one.
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let all = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
+    let one = all.trim().split([',', '-']).next().unwrap();
+    let allow = |cores: &str| {
+        let mut command = taskset.command();
+        command.args(["--cpu-list", "--pid", cores.trim(), &std::process::id().to_string()]);
+        whole_process(command.stdout(Stdio::null()));
+    };
+    allow(one);
+    let time = run();
+    allow(all);
+    time
 }
 
 fn fsverity_digest(fsverity: &Program, image: &Path) -> f64 {
