@@ -40,9 +40,9 @@ impl MemInfo {
         MemInfo(text.lines().filter_map(parse).collect())
     }
 
-    /// With what each core has not told yet.
+    /// With what each core has not told yet, where the kernel can be asked for it.
     fn read_all() -> MemInfo {
-        fs::write("/proc/sys/vm/stat_refresh", "1").unwrap();
+        let _ = fs::write("/proc/sys/vm/stat_refresh", "1");
         MemInfo::read()
     }
 
