@@ -32,8 +32,9 @@
 //! # Kernels
 //!
 //! Linux 6.1 and later, found out at run time by trying. `CAP_SYS_ADMIN` in the initial user
-//! namespace is needed. The library makes threads for a moment, to copy an image and on kernels
-//! before 6.15, and otherwise leaves the process as it is: no signal handlers, no output, no change of directory.
+//! namespace is needed. The library makes threads for a moment, to copy an image and on kernels before
+//! 7.3, and otherwise leaves the process as it is: no signal handlers, no output, no change of
+//! directory.
 //!
 //! [composefs]: https://github.com/composefs/composefs
 //! [fs-verity]: https://docs.kernel.org/filesystems/fsverity.html
