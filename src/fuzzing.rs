@@ -12,10 +12,10 @@ pub fn parse_header(start: &[u8]) -> Result<u64, ImageError> {
     Header::parse(start).map(|header| header.size())
 }
 
-/// Does all that [`MountOptions::mount`] does before it asks the kernel for a mount. Returns the
-/// bytes that would be mounted.
+/// Does all that [`MountOptions::mount`] does before it asks the kernel for a mount, but for a procfs
+/// of its own, which is one. Returns the bytes that would be mounted.
 pub fn prepare(options: &MountOptions, image: &Location) -> Result<Vec<u8>, Error> {
-    let prepared = options.prepare(image, &mut |_| {})?;
+    let prepared = options.prepare(image, None, &mut |_| {})?;
     let mut content = vec![0; prepared.header.size() as usize];
     let length = read_at(prepared.source.file(), &mut content, 0).unwrap();
     assert_eq!(length, content.len(), "the header gives a size that is not that of the image");

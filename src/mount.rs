@@ -29,7 +29,6 @@ pub(crate) struct Prepared<'a> {
     objects: Vec<Layer<'a>>,
     upper: Option<Upper<'a>>,
     user_namespace: Option<OwnedFd>,
-    procfs: Option<Procfs>,
     verity: Verity,
     /// With `tryverity`, why nothing of it is enforced.
     unsupported: Option<NotVerity>,
@@ -60,16 +59,10 @@ impl MountOptions {
         steps: &mut dyn FnMut(Step),
     ) -> Result<DetachedMount, Error> {
         let location = image.into();
-        let Prepared {
-            source,
-            header,
-            objects,
-            upper,
-            user_namespace,
-            procfs,
-            verity,
-            unsupported,
-        } = self.prepare(&location, steps)?;
+        self.check()?;
+        let procfs = Procfs::open()?;
+        let Prepared { source, header, objects, upper, user_namespace, verity, unsupported } =
+            self.prepare(&location, procfs.as_ref(), steps)?;
         let name = location.name();
         let image = erofs::mount(&source, &header, &name, procfs.as_ref(), steps)?;
         // The mount holds what it needs of it.
@@ -92,15 +85,14 @@ impl MountOptions {
         Ok(DetachedMount { fd, verity })
     }
 
-    /// All that is done before the kernel is asked for a mount.
+    /// All that is done before the kernel is asked for a mount of the image.
     pub(crate) fn prepare(
         &self,
         location: &Location,
+        procfs: Option<&Procfs>,
         steps: &mut dyn FnMut(Step),
     ) -> Result<Prepared<'_>, Error> {
-        self.check()?;
-        let procfs = Procfs::open()?;
-        let image = image::open(location, procfs.as_ref())?;
+        let image = image::open(location, procfs)?;
         let objects = self.open_objects()?;
         let upper = self.upper.as_ref().map(Upper::open).transpose()?;
         check_layers(&objects, upper.as_ref())?;
@@ -113,7 +105,7 @@ impl MountOptions {
             }
             Opened::Compressed(image) => self.decompressed_source(image, steps)?,
         };
-        Ok(Prepared { source, header, objects, upper, user_namespace, procfs, verity, unsupported })
+        Ok(Prepared { source, header, objects, upper, user_namespace, verity, unsupported })
     }
 
     fn open_objects(&self) -> Result<Vec<Layer<'_>>, Error> {

@@ -43,7 +43,8 @@ pub struct MountOptions {
     /// `size=`: the most memory that the copy may take. `None`: half of what there is.
     pub size: Option<SizeLimit>,
     /// `idmap=`: a user namespace (/proc/PID/ns/user), whose mapping of users and groups the files
-    /// of the image get.
+    /// of the image get
+    /// ([mount_setattr(2)](https://man7.org/linux/man-pages/man2/mount_setattr.2.html), Linux 5.19).
     pub idmap: Option<Location>,
     /// `upperdir=`, `workdir=`: a layer that takes changes.
     pub upper: Option<UpperLayer>,
@@ -58,7 +59,8 @@ pub struct MountOptions {
     /// `context=`, `fscontext=`, `defcontext=`, `rootcontext=`.
     pub selinux_contexts: SelinuxContexts,
     /// What findmnt(8) shows as the source of the mount. `None`: the path of the image, without
-    /// symbolic links; `composefs` where it was given by descriptor. Not part of the text: mount(8) gives the source as an operand.
+    /// symbolic links; `composefs` where it was given by descriptor. Not part of the text: mount(8)
+    /// gives the source as an operand.
     pub source: Option<OsString>,
 }
 
@@ -116,7 +118,7 @@ impl MountOptions {
 /// Whether overlayfs checks the objects against the fs-verity digests in the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verity {
-    /// `verity`: every object is checked, or nothing is mounted.
+    /// `verity`: every object is checked, or nothing is mounted (Linux 6.6).
     Require,
     /// `tryverity`: the same where kernel and file system can; else nothing is checked.
     /// [`DetachedMount::verity`](crate::DetachedMount::verity) tells.
