@@ -45,6 +45,8 @@ pub struct Machine {
     pub takes_over: Option<&'static str>,
     /// From starting QEMU to the first word of vm-init. Emulated on an idle machine: a few seconds.
     pub boot_limit: Duration,
+    /// From the last result to the end of QEMU. Usually a moment.
+    pub off_limit: Duration,
 }
 
 impl Machine {
@@ -58,6 +60,7 @@ impl Machine {
         command_line: |_| Ok(String::new()),
         takes_over: None,
         boot_limit: Duration::from_secs(90),
+        off_limit: Duration::from_secs(60),
     };
 }
 

@@ -71,7 +71,8 @@ static SAYS_NOTHING: Machine = Machine {
     ..Machine::BARE
 };
 static PANICS_AT_THE_END: Machine = Machine { name: "fault-panics-at-the-end", ..Machine::BARE };
-static HALTS_AT_THE_END: Machine = Machine { name: "fault-halts-at-the-end", ..Machine::BARE };
+static HALTS_AT_THE_END: Machine =
+    Machine { name: "fault-halts-at-the-end", off_limit: SHORT, ..Machine::BARE };
 
 /// The argument with which vm-init does nothing at all.
 pub const SAY_NOTHING: &str = "--say-nothing";

@@ -25,7 +25,8 @@ use std::time::{Duration, Instant};
 
 /// How much later than the guest, which enforces a scenario's limit, the host gives up on the guest.
 const GRACE: Duration = Duration::from_secs(10);
-const OFF_LIMIT: Duration = Duration::from_secs(20);
+/// From the end of QEMU's output to that of its process.
+const END_LIMIT: Duration = Duration::from_secs(20);
 /// For a kernel's last words, over an emulated serial line.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(5);
 
@@ -78,7 +79,7 @@ fn run_until_lost<'a>(
         }
         if scenarios.peek().is_none() {
             let ran = running.started.elapsed() - booted;
-            if let Err(why) = running.switch_off() {
+            if let Err(why) = running.switch_off(machine.off_limit) {
                 let earlier = verdict.err().map_or("passed".into(), |failure| failure.message);
                 verdict = Err(running.failure(format!("{earlier}\nand then: {why}")));
             }
@@ -316,7 +317,7 @@ impl Running {
     }
 
     fn why_it_ended(&mut self) -> String {
-        let status = self.wait(OFF_LIMIT);
+        let status = self.wait(END_LIMIT);
         match (self.kernel_panic(), status) {
             (Some(panic), _) => panic,
             (None, Some(status)) if status.success() => {
@@ -332,18 +333,18 @@ impl Running {
         format!("QEMU ended ({status}): {}", complaints.trim())
     }
 
-    /// Since the last scenario was started.
+    /// In all of the console: it may have come between two scenarios.
     fn kernel_panic(&self) -> Option<String> {
-        let log = self.log_of_scenario();
+        let log = self.log();
         log.lines().find_map(|line| Some(line[line.find("Kernel panic")?..].to_owned()))
     }
 
     /// Fails with what a kernel did that had nothing more to do than to switch off.
-    fn switch_off(&mut self) -> Result<(), String> {
+    fn switch_off(&mut self, limit: Duration) -> Result<(), String> {
         let _ = self.requests.write_all(Frame::Off.encode(&self.token).as_bytes());
-        let Some(status) = self.wait(OFF_LIMIT) else {
+        let Some(status) = self.wait(limit) else {
             self.log_where_it_hangs();
-            return Err(format!("the machine was not off after {OFF_LIMIT:?}"));
+            return Err(format!("the machine was not off after {limit:?}"));
         };
         match self.kernel_panic() {
             Some(panic) => Err(panic),
@@ -369,12 +370,8 @@ impl Running {
     }
 
     fn failure(&self, message: String) -> Failure {
-        Failure { message, log: self.log_of_scenario() }
-    }
-
-    fn log_of_scenario(&self) -> String {
         let log = self.log();
-        log.get(self.log_start..).unwrap_or(&log).to_owned()
+        Failure { message, log: log.get(self.log_start..).unwrap_or(&log).to_owned() }
     }
 
     fn log(&self) -> String {
