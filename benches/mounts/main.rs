@@ -22,6 +22,7 @@ use std::error::Error;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use common::Sandbox;
 use images::{Image, MIB};
@@ -87,6 +88,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
     }
 
+    let start = Instant::now();
     let quick = std::env::var_os("SEALMOUNT_BENCH_QUICK").is_some();
     let Some(sandbox) = Sandbox::new() else { return Ok(()) };
     let bench = Bench {
@@ -119,7 +121,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     whole_process::tabulate(&mut report);
     measures::tabulate(&mut report);
 
-    println!("\n{}", report.to_text());
+    println!("\n{}\nin {} s", report.to_text(), start.elapsed().as_secs());
     if !quick {
         let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
         fs::write(docs.join("benchmarks/figures.tsv"), report.to_tsv())?;

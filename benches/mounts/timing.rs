@@ -16,7 +16,7 @@ pub struct Effort {
 
 impl Effort {
     pub const FULL: Effort =
-        Effort { warms_up: true, rounds_min: 7, rounds_max: 61, time: Duration::from_secs(10) };
+        Effort { warms_up: true, rounds_min: 5, rounds_max: 61, time: Duration::from_secs(10) };
     pub const QUICK: Effort =
         Effort { rounds_min: 2, rounds_max: 5, time: Duration::from_secs(1), ..Effort::FULL };
 
