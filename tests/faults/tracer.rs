@@ -11,7 +11,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::libc::user_regs_struct as Registers;
+use nix::libc::{self, user_regs_struct as Registers};
 use nix::sys::ptrace::{self, Event, Options};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -85,6 +85,7 @@ enum AtExit {
     Nothing,
     Return(i64),
     RestoreLength(u64),
+    RestoreBreak(u64),
 }
 
 /// Runs a program until it and all its threads and children have ended; returns what it wrote to
@@ -233,6 +234,10 @@ impl Tracer {
                 registers.rax = value as u64;
                 ptrace::setregs(thread, registers)?;
             }
+            Some(AtExit::RestoreBreak(wanted)) => {
+                registers.rdi = wanted;
+                ptrace::setregs(thread, registers)?;
+            }
             Some(AtExit::RestoreLength(length)) => {
                 registers.rdx = length;
                 ptrace::setregs(thread, registers)?;
@@ -271,6 +276,13 @@ fn enter(
     };
     match action {
         Action::Proceed => Ok(AtExit::Nothing),
+        // It has no errors: it answers where the break is, which without an address is all it does.
+        Action::Fail(_) if call.number == libc::SYS_brk => {
+            let wanted = registers.rdi;
+            registers.rdi = 0;
+            ptrace::setregs(call.thread, *registers)?;
+            Ok(AtExit::RestoreBreak(wanted))
+        }
         Action::Fail(errno) => skip().map(|()| AtExit::Return(-(errno as i64))),
         Action::Answer(argument, bytes) => {
             skip()?;
