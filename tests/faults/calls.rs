@@ -115,21 +115,35 @@ const fn call(
 /// The errnos that have to do with paths.
 const PATH: &[Errno] = &[EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EBADF, EOVERFLOW];
 
-/// By the manual pages of Linux 6.18; of fsconfig(2) and its kind, by the kernel's sources too.
+/// Those of mmap(2) and munmap(2), which share a page.
+const MAP: &[Errno] = &[EBADF, EEXIST, ENOEXEC, EOVERFLOW, ETXTBSY];
+
+/// By the manual pages of man-pages 6.03, where several calls share one by all of it; of fsconfig(2) and
+/// its kind, which have none there, and of ioctls by the kernel's sources (Linux 6.18).
 const CALLS: &[SystemCall] = &[
-    call("access", libc::SYS_access, &[], PATH),
+    call(
+        "access",
+        libc::SYS_access,
+        &[],
+        &[EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EBADF, EROFS, ETXTBSY],
+    ),
     call("arch_prctl", libc::SYS_arch_prctl, &[], &[EFAULT]),
     call("brk", libc::SYS_brk, &[], &[]),
     call("clock_nanosleep", libc::SYS_clock_nanosleep, &[], &[EFAULT, EOPNOTSUPP]),
     call("clone3", libc::SYS_clone3, &[EAGAIN, ENOSYS], &[EEXIST, EUSERS, EOPNOTSUPP, ENOSPC]),
-    call("clone", libc::SYS_clone, &[EAGAIN], &[EUSERS, ENOSPC]),
+    call("clone", libc::SYS_clone, &[EAGAIN], &[EEXIST, EUSERS, EOPNOTSUPP, ENOSPC]),
     call("close", libc::SYS_close, &[], &[EBADF, EDQUOT]),
     call("exit", libc::SYS_exit, &[], &[]),
     call("exit_group", libc::SYS_exit_group, &[], &[]),
-    call("fchdir", libc::SYS_fchdir, &[], &[EBADF, ENOTDIR]),
-    call("fchmod", libc::SYS_fchmod, &[], &[EBADF, EROFS]),
-    call("fchown", libc::SYS_fchown, &[], &[EBADF, EROFS]),
-    call("fcntl", libc::SYS_fcntl, &[EBUSY], &[EBADF, EDEADLK, EFAULT, ENOLCK]),
+    call("fchdir", libc::SYS_fchdir, &[], PATH),
+    call(
+        "fchmod",
+        libc::SYS_fchmod,
+        &[],
+        &[EBADF, EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EOPNOTSUPP, EROFS],
+    ),
+    call("fchown", libc::SYS_fchown, &[], &[EBADF, EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EROFS]),
+    call("fcntl", libc::SYS_fcntl, &[EBUSY], &[EBADF, EDEADLK, EFAULT, ENOLCK, ENOTDIR]),
     call("fgetxattr", libc::SYS_fgetxattr, &[], &[ENODATA, EOPNOTSUPP, ERANGE, E2BIG, EBADF]),
     call("flistxattr", libc::SYS_flistxattr, &[], &[EOPNOTSUPP, ERANGE, E2BIG, EBADF]),
     call(
@@ -167,11 +181,21 @@ const CALLS: &[SystemCall] = &[
         &[EBADF, EFAULT, EOVERFLOW, EFBIG, ENOENT],
     ),
     call("lseek", libc::SYS_lseek, &[], &[EBADF, EOVERFLOW, ESPIPE]),
-    call("madvise", libc::SYS_madvise, &[], &[EBADF, EFAULT]),
+    call("madvise", libc::SYS_madvise, &[], &[EBADF, EFAULT, EHWPOISON]),
     call("memfd_create", libc::SYS_memfd_create, &[EINVAL], &[EFAULT]),
-    call("mkdirat", libc::SYS_mkdirat, &[], &[EDQUOT, EEXIST, EMLINK, EROFS]),
-    call("mknodat", libc::SYS_mknodat, &[], &[EDQUOT, EEXIST, EROFS]),
-    call("mmap", libc::SYS_mmap, &[], &[EBADF, EEXIST, EOVERFLOW, ETXTBSY]),
+    call(
+        "mkdirat",
+        libc::SYS_mkdirat,
+        &[],
+        &[EBADF, EDQUOT, EEXIST, EFAULT, EMLINK, ENAMETOOLONG, ENOENT, ENOTDIR, EROFS],
+    ),
+    call(
+        "mknodat",
+        libc::SYS_mknodat,
+        &[],
+        &[EBADF, EDQUOT, EEXIST, EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EROFS],
+    ),
+    call("mmap", libc::SYS_mmap, &[], MAP),
     // EINVAL: the root is no mount, but a directory.
     call(
         "mount_setattr",
@@ -180,14 +204,15 @@ const CALLS: &[SystemCall] = &[
         &[EBADF, EFAULT, ENOENT, E2BIG],
     ),
     call("move_mount", libc::SYS_move_mount, &[], PATH),
-    call("mprotect", libc::SYS_mprotect, &[], &[]),
-    call("munmap", libc::SYS_munmap, &[], &[]),
+    call("mprotect", libc::SYS_mprotect, &[], &[EFAULT]),
+    call("munmap", libc::SYS_munmap, &[], MAP),
     call("newfstatat", libc::SYS_newfstatat, &[], PATH),
     call("open_tree", libc::SYS_open_tree, &[EINVAL], PATH),
     call(
         "openat",
         libc::SYS_openat,
-        &[EACCES, EMFILE, ENOENT, ENXIO],
+        // ENOTDIR, ELOOP: what is looked at is not an object directory, or not an object.
+        &[EACCES, ELOOP, EMFILE, ENODEV, ENOENT, ENOTDIR, ENXIO],
         &[
             EBADF,
             EDQUOT,
@@ -209,7 +234,7 @@ const CALLS: &[SystemCall] = &[
         "pwrite64",
         libc::SYS_pwrite64,
         &[EINTR, ENOSPC],
-        &[EBADF, EDQUOT, EFAULT, EFBIG, EPIPE, ESPIPE],
+        &[EBADF, EDESTADDRREQ, EDQUOT, EFAULT, EFBIG, EOVERFLOW, EPIPE, ESPIPE],
     ),
     call("read", libc::SYS_read, &[EIO, ENODATA], &[EBADF, EFAULT, EISDIR]),
     call("readlink", libc::SYS_readlink, &[ENOENT], PATH),
@@ -218,14 +243,19 @@ const CALLS: &[SystemCall] = &[
     call("rt_sigprocmask", libc::SYS_rt_sigprocmask, &[], &[EFAULT]),
     call("sched_getaffinity", libc::SYS_sched_getaffinity, &[], &[EFAULT, ESRCH]),
     call("sched_yield", libc::SYS_sched_yield, &[], &[]),
-    call("set_robust_list", libc::SYS_set_robust_list, &[], &[]),
+    call("set_robust_list", libc::SYS_set_robust_list, &[], &[EFAULT, ESRCH]),
     call("set_tid_address", libc::SYS_set_tid_address, &[], &[]),
-    call("setns", libc::SYS_setns, &[], &[EBADF, ESRCH]),
+    call("setns", libc::SYS_setns, &[], &[EBADF, ESRCH, EUSERS]),
     call("sigaltstack", libc::SYS_sigaltstack, &[], &[EFAULT]),
     call("statfs", libc::SYS_statfs, &[], PATH),
     call("statx", libc::SYS_statx, &[ENOSYS], PATH),
     call("sysinfo", libc::SYS_sysinfo, &[], &[EFAULT]),
     call("unshare", libc::SYS_unshare, &[], &[EUSERS]),
-    call("utimensat", libc::SYS_utimensat, &[], &[EBADF, EFAULT, EROFS, ESRCH]),
-    call("write", libc::SYS_write, &[ENOSPC, EPIPE], &[EBADF, EDQUOT, EFAULT, EFBIG]),
+    call(
+        "utimensat",
+        libc::SYS_utimensat,
+        &[],
+        &[EBADF, EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EROFS, ESRCH],
+    ),
+    call("write", libc::SYS_write, &[ENOSPC, EPIPE], &[EBADF, EDESTADDRREQ, EDQUOT, EFAULT, EFBIG]),
 ];
