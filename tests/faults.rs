@@ -17,6 +17,7 @@ mod scenarios;
 mod tracer;
 
 use std::collections::{BTreeSet, HashSet};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::{Arc, Mutex};
@@ -79,11 +80,24 @@ enum Fault {
         nth: usize,
         length: u64,
     },
+    /// That call and all later ones of its kind read or write in pieces.
+    ShortForEver {
+        number: i64,
+        nth: usize,
+        piece: Piece,
+    },
     /// Before the call of this place among all.
     Signal {
         ordinal: usize,
         signal: Signal,
     },
+}
+
+/// How much a read or write that is cut short does.
+#[derive(Clone, Copy, Debug)]
+enum Piece {
+    Half,
+    Bytes(u64),
 }
 
 fn main() -> ExitCode {
@@ -150,7 +164,7 @@ fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
     }
     mark_many(&mut record);
     let mut problems = Vec::new();
-    for (recorded, fault) in faults(&record, scenario, all) {
+    for (recorded, fault) in faults(&record, scenario, &arguments[0], all) {
         let mut injected = 0;
         let (end, stderr) = trace(&place, &arguments, &mut |call| {
             if let Some(problem) = names_a_file(call) {
@@ -243,10 +257,13 @@ fn mark_many(record: &mut [Recorded]) {
 fn faults<'a>(
     record: &'a [Recorded],
     scenario: &Scenario,
+    image: &str,
     all: bool,
 ) -> Vec<(&'a Recorded, Fault)> {
     let is_first = scenario.name == "plain";
     let is_first_copy = scenario.name == "memfd";
+    // A call for each byte of a megabyte would take minutes.
+    let is_small = fs::metadata(image).unwrap().len() < 1 << 20;
     let mut faults = Vec::new();
     let mut seen = HashSet::new();
     for (ordinal, recorded) in record.iter().enumerate() {
@@ -274,7 +291,19 @@ fn faults<'a>(
                 faults.push((recorded, Fault::Short { number, nth, length }));
             }
         }
-        if !recorded.may_die() && (all || seen.insert(number)) {
+        let is_first_of_kind = !recorded.may_die() && seen.insert(number);
+        if call.has_length() && !recorded.is_start && (all || is_first_of_kind) {
+            let mut pieces = vec![Piece::Half];
+            if recorded.length > 1000 {
+                pieces.push(Piece::Bytes(1000));
+            }
+            if (all || is_first_copy) && is_first_of_kind && is_small && recorded.length > 1 {
+                pieces.push(Piece::Bytes(1));
+            }
+            let short = |piece| (recorded, Fault::ShortForEver { number, nth, piece });
+            faults.extend(pieces.into_iter().map(short));
+        }
+        if !recorded.may_die() && (all || is_first_of_kind) {
             let busy = call.looked_for.contains(&Errno::EBUSY).then_some(Errno::EBUSY);
             for errno in [Errno::EINTR, Errno::EAGAIN].into_iter().chain(busy) {
                 faults.push((recorded, Fault::ForEver { number, nth, errno }));
@@ -287,7 +316,12 @@ fn faults<'a>(
 impl Fault {
     /// Only one call is made to fail.
     fn is_single(self) -> bool {
-        !matches!(self, Fault::ForEver { .. })
+        !matches!(self, Fault::ForEver { .. } | Fault::ShortForEver { .. })
+    }
+
+    /// What a kernel does without anything being wrong: some bytes are read or written, if not all.
+    fn is_harmless(self) -> bool {
+        matches!(self, Fault::Short { length: 1.., .. } | Fault::ShortForEver { .. })
     }
 
     /// What becomes of a call; `injected` counts those that are not simply made.
@@ -298,6 +332,15 @@ impl Fault {
             Fault::Errno { .. } | Fault::ForEver { .. } if is_wake(call) => return Action::Proceed,
             Fault::Errno { number, nth, errno } if is_this(number, nth) => Action::Fail(errno),
             Fault::Short { number, nth, length } if is_this(number, nth) => Action::Shorten(length),
+            Fault::ShortForEver { number, nth, piece }
+                if call.number == number && call.nth >= nth =>
+            {
+                match piece {
+                    Piece::Half => Action::Shorten((call.arguments[2] / 2).max(1)),
+                    Piece::Bytes(bytes) if bytes < call.arguments[2] => Action::Shorten(bytes),
+                    Piece::Bytes(_) => return Action::Proceed,
+                }
+            }
             Fault::Signal { ordinal, signal } if ordinal == call.ordinal => Action::Signal(signal),
             Fault::ForEver { number, nth, errno } if call.number == number && call.nth >= nth => {
                 match *injected {

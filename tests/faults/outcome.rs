@@ -119,6 +119,12 @@ impl<'a> Witness<'a> {
                 Ok(Outcome::Retried)
             }
             _ if is_mounted => Err("failure, and a mount".into()),
+            _ if self.scenario.outcome != Expected::Refusal
+                && fault.is_harmless()
+                && !recorded.is_start =>
+            {
+                Err("failure, although nothing is wrong".into())
+            }
             (End::Exited(status @ (1 | 2 | 32)), _) => message().map(|()| Outcome::Refused(status)),
             // The loader's status, and its end where it got no memory.
             (End::Exited(127) | End::Killed(Signal::SIGSEGV), _) if recorded.is_start => {
@@ -245,7 +251,8 @@ impl Fault {
         match self {
             Fault::Errno { number, .. }
             | Fault::ForEver { number, .. }
-            | Fault::Short { number, .. } => number == expected,
+            | Fault::Short { number, .. }
+            | Fault::ShortForEver { number, .. } => number == expected,
             _ => false,
         }
     }
