@@ -30,8 +30,8 @@ use nix::sys::signal::Signal;
 
 use calls::SystemCall;
 use common::{mount_at, umount};
-use outcome::{Row, Witness};
-use scenarios::{Place, SCENARIOS, Scenario};
+use outcome::{Outcome, Row, Witness};
+use scenarios::{Expected, Place, SCENARIOS, Scenario, is_measurement};
 use tracer::{Action, Call, Decision, End};
 
 /// A run without a fault takes some milliseconds; one that tries a thousand loop devices, seconds.
@@ -166,21 +166,27 @@ fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
     let mut problems = Vec::new();
     for (recorded, fault) in faults(&record, scenario, &arguments[0], all) {
         let mut injected = 0;
+        let mut is_measured = true;
         let (end, stderr) = trace(&place, &arguments, &mut |call| {
             if let Some(problem) = names_a_file(call) {
                 problems.push(format!("{}: {fault:?}: {problem}", scenario.name));
             }
             match fault.action(call, &mut injected) {
                 Action::Proceed => scenario.answer(call).into(),
-                // Half of the time goes into looking at what follows.
-                action => Decision {
-                    action,
-                    is_last: !all && scenario.kernel.is_none() && fault.is_single(),
-                },
+                action => {
+                    let is_failure = matches!(action, Action::Fail(_));
+                    is_measured &= !(is_failure && is_measurement(call, &arguments[0]));
+                    // Half of the time goes into looking at what follows.
+                    let is_last = !all && scenario.kernel.is_none() && fault.is_single();
+                    Decision { action, is_last }
+                }
             }
         });
         row.injections += injected.min(1);
         match witness.judge(fault, recorded, end, &stderr) {
+            Ok(Outcome::Mounted) if scenario.outcome == Expected::Vouched && !is_measured => {
+                problems.push(format!("{}: {fault:?}: nobody vouched for it", scenario.name));
+            }
             Ok(_) if injected == 0 => row.not_reached += 1,
             Ok(outcome) => *row.outcomes.entry(outcome).or_default() += 1,
             Err(problem) => problems.push(format!(

@@ -1,7 +1,7 @@
 //! What the helper is asked for, and on what kernel.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use nix::errno::Errno;
@@ -36,6 +36,10 @@ pub enum Expected {
     Idmapped,
     /// With `verity=require`. The objects do not really have fs-verity: only small files can be read.
     Verity,
+    /// The same, of an image whose digest is another than the one that was asked for: it is the
+    /// kernel alone that vouches for it, so where it is not asked, or does not answer, nothing is
+    /// mounted.
+    Vouched,
     /// With as much of it as the kernel says to have.
     TryVerity,
     /// Refused, whatever else fails.
@@ -82,6 +86,16 @@ impl Place {
         self.call(&image, &format!("basedir={},{options}", V1.objects().display()))
     }
 
+    /// Of another image, with the same tree: what it does not have is the digest of V1.
+    fn harmed(&self, options: &str) -> Vec<String> {
+        let mut image = fs::read(V1.image()).unwrap();
+        image[UUID] ^= 1;
+        self.call(
+            &image,
+            &format!("basedir={},digest={}{options}", V1.objects().display(), V1.digest),
+        )
+    }
+
     /// With `noverity` and the digest.
     fn v1_verified(&self, options: &str) -> Vec<String> {
         self.v1(&format!("noverity,digest={},{options}", V1.digest))
@@ -103,6 +117,9 @@ impl Place {
         self.v2_verified(&output.stdout, options)
     }
 }
+
+/// Where EROFS has what nothing depends on.
+const UUID: usize = 1024 + 48;
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -209,14 +226,44 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "digest by the kernel",
-        arguments: |place| place.v1(&format!("digest={}", V1.digest)),
+        arguments: |place| place.harmed(""),
         kernel: Some(with_verity),
-        outcome: Expected::Verity,
+        outcome: Expected::Vouched,
+    },
+    Scenario {
+        name: "digest by the kernel, memfd",
+        arguments: |place| place.harmed(",copy"),
+        kernel: Some(with_verity),
+        outcome: Expected::Vouched,
     },
     Scenario {
         name: "wrong digest by the kernel",
         arguments: |place| place.v1(&format!("digest={}", "0".repeat(64))),
         kernel: Some(with_verity),
+        outcome: Expected::Refusal,
+    },
+    Scenario {
+        name: "wrong digest by the kernel, memfd",
+        arguments: |place| place.v1(&format!("copy,digest={}", "0".repeat(64))),
+        kernel: Some(with_verity),
+        outcome: Expected::Refusal,
+    },
+    Scenario {
+        name: "digest by somebody, memfd",
+        arguments: |place| place.harmed(",noverity,copy"),
+        kernel: Some(without_attribute),
+        outcome: Expected::Refusal,
+    },
+    Scenario {
+        name: "digest by FUSE",
+        arguments: |place| place.harmed(",noverity"),
+        kernel: Some(with_fuse),
+        outcome: Expected::Refusal,
+    },
+    Scenario {
+        name: "digest by FUSE, memfd",
+        arguments: |place| place.harmed(",noverity,copy"),
+        kernel: Some(with_fuse),
         outcome: Expected::Refusal,
     },
     Scenario {
@@ -297,6 +344,38 @@ fn with_verity(call: &Call) -> Action {
         }
         _ => Action::Proceed,
     }
+}
+
+/// Somebody answers with the digest who does not tell the attribute.
+fn without_attribute(call: &Call) -> Action {
+    match call.number {
+        libc::SYS_statx if call.arguments[3] == 0 => Action::Answer(4, vec![0; 256]),
+        _ => with_verity(call),
+    }
+}
+
+/// A server of FUSE answers with the digest, and FUSE has learned to tell the attribute.
+fn with_fuse(call: &Call) -> Action {
+    match call.number {
+        libc::SYS_fstatfs => {
+            // struct statfs: the type of the file system first.
+            let mut statfs = vec![0; 120];
+            statfs[..8].copy_from_slice(&libc::FUSE_SUPER_MAGIC.to_le_bytes());
+            Action::Answer(1, statfs)
+        }
+        _ => with_verity(call),
+    }
+}
+
+/// Part of the question whether the kernel vouches for this file.
+pub fn is_measurement(call: &Call, file: &str) -> bool {
+    let is_part = match call.number {
+        libc::SYS_ioctl => call.arguments[1] == MEASURE_VERITY,
+        libc::SYS_statx => call.arguments[3] == 0,
+        libc::SYS_fstatfs => true,
+        _ => false,
+    };
+    is_part && call.file(0).is_some_and(|measured| measured == Path::new(file))
 }
 
 /// The kernel has no procfs.
