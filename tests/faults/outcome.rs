@@ -285,11 +285,42 @@ pub struct Row {
     pub outcomes: BTreeMap<Outcome, usize>,
 }
 
-/// What memfds take, and all else in memory that is shared: in KiB, of the whole system.
-pub fn shared_memory() -> u64 {
-    let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
-    let line = meminfo.lines().find(|line| line.starts_with("Shmem:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+/// What memory of the whole system no process has to itself, in KiB.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    /// What memfds take, and tmpfs.
+    shared: u64,
+    /// What a ramfs takes, and a locked memfd.
+    unevictable: u64,
+}
+
+impl Memory {
+    pub fn now() -> Memory {
+        let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
+        let field = |name: &str| {
+            let line = meminfo.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.split_whitespace().next().unwrap().parse().unwrap()
+        };
+        Memory { shared: field("Shmem:"), unevictable: field("Unevictable:") }
+    }
+
+    /// Once the kernel has taken back what was given up, and other programs what they took meanwhile.
+    pub fn settled(before: Memory) -> Memory {
+        for _ in 0..200 {
+            let now = Memory::now();
+            if !now.is_more_than(before) {
+                return now;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Memory::now()
+    }
+
+    /// By more than other programs come and go with. Thousands of copies were made.
+    pub fn is_more_than(self, before: Memory) -> bool {
+        const TOLERANCE: u64 = 4 << 10;
+        self.shared > before.shared + TOLERANCE || self.unevictable > before.unevictable + TOLERANCE
+    }
 }
 
 /// Prints the table of all scenarios.
