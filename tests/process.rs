@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::refusals::refuse_argument;
-use common::{Sandbox, V1, V2, assert_is_manifest, large_image, mounts, umount};
+use common::refusals::{SystemCall, refuse, refuse_argument};
+use common::{
+    Sandbox, V1, V2, assert_is_manifest, large_image, mounts, through, umount, user_namespace,
+};
 use rustix::io::Errno;
-use sealmount::{Algorithm, Memory, MountOptions, Rung, Step, compute_digest};
+use rustix::mount::{UnmountFlags, unmount};
+use sealmount::{Algorithm, Memory, MountOptions, Rung, Step, UpperLayer, compute_digest};
 
 /// Whatever a library could disturb in a process, as text.
 fn state() -> io::Result<BTreeMap<String, String>> {
@@ -103,6 +106,63 @@ fn mount(options: &MountOptions, image: &Path, mount_point: &Path, rung: Rung) {
     umount(mount_point);
 }
 
+const FSCONFIG_SET_FD: u32 = 5;
+
+/// The system calls that these mounts fail without, and that Rust's runtime does not.
+const CALLS: [SystemCall; 17] = [
+    libc::SYS_clone3,
+    libc::SYS_fchdir,
+    libc::SYS_fcntl,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fsopen,
+    libc::SYS_fstat,
+    libc::SYS_ioctl,
+    libc::SYS_memfd_create,
+    libc::SYS_mount_setattr,
+    libc::SYS_move_mount,
+    libc::SYS_open_tree,
+    libc::SYS_openat,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_statx,
+    libc::SYS_unshare,
+];
+
+/// Makes each mount with each system call refused, in threads of their own; `is_older`: layers cannot be
+/// given by descriptor. Which calls were of consequence.
+fn refused(
+    mounts: &[(&MountOptions, &Path)],
+    mount_point: &Path,
+    is_older: bool,
+) -> BTreeSet<SystemCall> {
+    let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = descriptors();
+    let mut of_consequence = BTreeSet::new();
+    // One that a mount does not make first: that nothing else fails.
+    for number in [libc::SYS_reboot].into_iter().chain(CALLS) {
+        for errno in [Errno::PERM, Errno::INVAL, Errno::NOMEM] {
+            let mount = |(options, image): &(&MountOptions, &Path)| {
+                options.mount(*image)?.attach(mount_point)?;
+                unmount(mount_point, UnmountFlags::empty()).unwrap();
+                Ok::<_, sealmount::Error>(())
+            };
+            let mount = || {
+                if is_older {
+                    refuse_argument(libc::SYS_fsconfig, 1, FSCONFIG_SET_FD, Errno::BADF);
+                }
+                refuse(&[number], errno);
+                mounts.iter().filter(|each| mount(each).is_err()).count()
+            };
+            if thread::scope(|scope| scope.spawn(mount).join().unwrap()) > 0 {
+                of_consequence.insert(number);
+            }
+            assert_eq!(descriptors(), before, "system call {number}, {errno}");
+        }
+    }
+    of_consequence
+}
+
 #[test]
 fn a_mount_leaves_the_process_as_it_was_and_its_children_get_nothing() {
     let Some(sandbox) = Sandbox::new() else { return };
@@ -112,6 +172,11 @@ fn a_mount_leaves_the_process_as_it_was_and_its_children_get_nothing() {
     let plain = V1.options();
     let mut memfd = V1.copy_options();
     memfd.digest = Some(compute_digest(Algorithm::Sha512, &content));
+    let content = large_image(1 << 20);
+    let middle = sandbox.file("middle.cfs", &content);
+    let middle_zstd = sandbox.file("middle.zst", &through(&["zstd", "-c"], &content));
+    let mut medium = V1.copy_options();
+    medium.digest = Some(compute_digest(Algorithm::Sha256, &content));
     let mut ramfs = memfd.clone();
     ramfs.copy = Some(Memory::Ramfs);
     let mut v2 = V2.copy_options();
@@ -119,6 +184,18 @@ fn a_mount_leaves_the_process_as_it_was_and_its_children_get_nothing() {
     let zstd = sandbox.path("large.zst");
     let compressed = Command::new("zstd").arg("-q").arg(&large).arg("-o").arg(&zstd).status();
     assert!(compressed.unwrap().success());
+
+    let mut small = V1.copy_options();
+    small.copy = Some(Memory::Ramfs);
+    let mut with_upper = V1.copy_options();
+    with_upper.upper = Some(UpperLayer {
+        upperdir: sandbox.directory("upper").into(),
+        workdir: sandbox.directory("work").into(),
+    });
+    let (mut process, namespace) = user_namespace();
+    let mut idmapped = V1.copy_options();
+    idmapped.idmap = Some(namespace.as_str().into());
+    let (v1, v2_image) = (V1.image(), V2.image());
 
     let before = settled_state();
     let newest = Rung::LayersByDescriptor;
@@ -132,10 +209,27 @@ fn a_mount_leaves_the_process_as_it_was_and_its_children_get_nothing() {
     memfd.mount(&large).unwrap_err();
     assert_state(&before);
 
+    // Many that fail, at every step.
+    let tries: [(&MountOptions, &Path); 7] = [
+        (&plain, &v1),
+        (&small, &v1),
+        (&with_upper, &v1),
+        (&idmapped, &v1),
+        (&v2, &v2_image),
+        (&medium, &middle),
+        (&medium, &middle_zstd),
+    ];
+    let mut of_consequence = refused(&tries, &mount_point, false);
+    // What is not in a memfd, EROFS would take by descriptor, and no kernel answers EBADF to that.
+    of_consequence.extend(refused(&tries[2..], &mount_point, true));
+    let without: Vec<_> = CALLS.iter().filter(|call| !of_consequence.contains(call)).collect();
+    assert!(without.is_empty(), "refused without consequence: {without:?}");
+    assert!(!of_consequence.contains(&libc::SYS_reboot));
+    assert_state(&before);
+
     // As on kernels that take no layers by descriptor: in a private mount namespace.
     thread::scope(|scope| {
         scope.spawn(|| {
-            const FSCONFIG_SET_FD: u32 = 5;
             refuse_argument(libc::SYS_fsconfig, 1, FSCONFIG_SET_FD, Errno::BADF);
             let before = settled_state();
             mount(&v2, &V2.image(), &mount_point, Rung::LayersByPath);
@@ -147,4 +241,6 @@ fn a_mount_leaves_the_process_as_it_was_and_its_children_get_nothing() {
         });
     });
     assert_state(&before);
+    process.kill().unwrap();
+    process.wait().unwrap();
 }
