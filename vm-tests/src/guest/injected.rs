@@ -25,13 +25,19 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "faults_digest_by_kernel",
         machine: &STANDARD,
         time_limit: TIME_LIMIT,
-        run: |guest| each_call_fails(guest, "by_kernel", ""),
+        run: |guest| each_call_fails(guest, "by_kernel", true, ""),
+    },
+    Scenario {
+        name: "faults_digest_by_kernel_copy",
+        machine: &STANDARD,
+        time_limit: TIME_LIMIT,
+        run: |guest| each_call_fails(guest, "by_kernel_copy", true, ",copy"),
     },
     Scenario {
         name: "faults_digest_by_copy",
         machine: &STANDARD,
         time_limit: TIME_LIMIT,
-        run: |guest| each_call_fails(guest, "by_copy", ",copy"),
+        run: |guest| each_call_fails(guest, "by_copy", false, ",copy"),
     },
     Scenario {
         name: "rungs_one_string",
@@ -45,16 +51,18 @@ pub const SCENARIOS: &[Scenario] = &[
 const TIME_LIMIT: Duration = Duration::from_secs(300);
 
 /// What verity, the digest, the seals and the mount depend on.
-const DECISIVE: [i64; 9] = [
+const DECISIVE: [i64; 11] = [
     libc::SYS_fcntl,
     libc::SYS_fsconfig,
     libc::SYS_fsmount,
     libc::SYS_fsopen,
+    libc::SYS_fstatfs,
     libc::SYS_ioctl,
     libc::SYS_memfd_create,
     libc::SYS_move_mount,
     libc::SYS_open_tree,
     libc::SYS_pwrite64,
+    libc::SYS_statx,
 ];
 
 /// What a kernel or a file system answers that cannot, and one that must not.
@@ -71,7 +79,12 @@ fn run_helper(
     tracer::run(command, Duration::from_secs(60), decide)
 }
 
-fn each_call_fails(guest: &mut Guest, name: &str, options: &str) -> Result<(), Error> {
+fn each_call_fails(
+    guest: &mut Guest,
+    name: &str,
+    has_verity: bool,
+    options: &str,
+) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4-verity")?;
     if !can_verify(&V1, &disk)? {
         return Ok(());
@@ -79,7 +92,7 @@ fn each_call_fails(guest: &mut Guest, name: &str, options: &str) -> Result<(), E
     let place = disk.join(name);
     V1.copy_with_verity(&disk, &place)?;
     let image = V1.image_in(&place);
-    if !options.contains("copy") {
+    if has_verity {
         fixtures::enable_verity(&image, V1.digest()?.algorithm())?;
     }
     let basedir = V1.objects_in(&place);
@@ -87,6 +100,13 @@ fn each_call_fails(guest: &mut Guest, name: &str, options: &str) -> Result<(), E
     fs::create_dir_all(TREE)?;
     let run =
         |decide: &mut dyn FnMut(&Call) -> Decision| run_helper(&image, &["-o", &options], decide);
+    // Whether it does what it is to be tested doing.
+    let (_, text) = run_helper(&image, &["-v", "-o", &options], &mut |_| Action::Proceed.into());
+    let by = if has_verity { "by the kernel's fs-verity" } else { "computed while copying" };
+    assert!(text.contains(by), "{by:?} was not said: {text}");
+    if mount_at(Path::new(TREE)).is_some() {
+        unmount(TREE, UnmountFlags::empty())?;
+    }
 
     let mut calls = Vec::new();
     let (end, text) = run(&mut |call| {
