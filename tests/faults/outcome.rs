@@ -306,12 +306,12 @@ impl Memory {
 
     /// Once the kernel has taken back what was given up, and other programs what they took meanwhile.
     pub fn settled(before: Memory) -> Memory {
-        for _ in 0..200 {
+        for _ in 0..1200 {
             let now = Memory::now();
             if !now.is_more_than(before) {
                 return now;
             }
-            std::thread::sleep(Duration::from_millis(100));
+            std::thread::sleep(Duration::from_millis(50));
         }
         Memory::now()
     }
