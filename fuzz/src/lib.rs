@@ -42,8 +42,15 @@ pub fn copy_options() -> MountOptions {
 
 /// Copies a compressed image with and without a digest. What is copied without one must be what is
 /// copied with its own digest, and refused with another.
-pub fn copy(bytes: &[u8]) {
-    let image = image(bytes);
+///
+/// What does not begin as such a file gets its first bytes, so that no execution is for nothing. A
+/// skippable frame of zstd may come first as it is.
+pub fn copy_beginning_with(magic: &[u8], bytes: &[u8]) {
+    let is_skippable = matches!(bytes, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..]);
+    let image = match bytes.starts_with(magic) || is_skippable && magic.starts_with(&[0x28]) {
+        true => image(bytes),
+        false => image(&[magic, bytes].concat()),
+    };
     let mut options = copy_options();
     let Ok(content) = sealmount::fuzzing::prepare(&options, &image) else { return };
     for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
