@@ -131,10 +131,6 @@ impl<'a> Witness<'a> {
                 Ok(Outcome::Died)
             }
             (End::Killed(Signal::SIGABRT), _) if recorded.may_die() => Ok(Outcome::Died),
-            // brk(2) answers with the break and never with an errno, which the C library takes for one.
-            (End::Killed(Signal::SIGSEGV), _) if recorded.call.number == libc::SYS_brk => {
-                Ok(Outcome::Died)
-            }
             // Rust's runtime panics where it cannot start a thread half-way, or wait for it.
             (End::Exited(4), _)
                 if recorded.may_die() && stderr.contains("library/std/src/sys/") =>
