@@ -30,7 +30,7 @@ pub fn measure(bench: &Bench, image: &Image, report: &mut Report) {
         Effort::FEW.rounds(|_| {
             let mut command = bench.programs.helper.command();
             command.args(["-f", "-o", &options]).arg(file).arg(&bench.mnt);
-            peaks.push(bench.with_memory(0, || peak(&mut command)));
+            peaks.push(bench.with_memory(&[], || peak(&mut command)));
         });
         report.add(&group(image.size), vec![Samples::new(format, peaks)]);
     }

@@ -38,6 +38,7 @@ struct Bench {
     /// Where everything is mounted.
     mnt: PathBuf,
     tmpfs: PathBuf,
+    ramfs: PathBuf,
 }
 
 impl Bench {
@@ -51,24 +52,46 @@ impl Bench {
         common::umount(&self.mnt);
     }
 
-    /// Runs something that takes so many bytes of memory for as long as it lasts: right before it they
-    /// are free, and once more right behind it.
+    /// Runs something that takes memory for as long as it lasts: right before it so much is free, and
+    /// once more right behind it.
     ///
     /// A kernel in a virtual machine may give memory back to the host that was free for a moment (free
     /// page reporting). Taking it again costs more than filling it, and nobody can tell when that
     /// happens. So it is in use until just before.
-    fn with_memory<T>(&self, bytes: usize, run: impl FnOnce() -> T) -> T {
+    fn with_memory<T>(&self, memory: &[Taken], run: impl FnOnce() -> T) -> T {
         let before = memory::held();
-        let path = self.tmpfs.join("to-be-freed");
-        let mut file = File::create(&path).unwrap();
-        for _ in 0..bytes.div_ceil(MIB) {
-            file.write_all(&[1; MIB]).unwrap();
+        for taken in memory {
+            let (directory, bytes) = match taken {
+                Taken::PageCache(bytes) => (&self.tmpfs, bytes),
+                Taken::Ramfs(bytes) => (&self.ramfs, bytes),
+            };
+            let path = directory.join("to-be-freed");
+            let mut file = File::create(&path).unwrap();
+            for _ in 0..bytes.div_ceil(MIB) {
+                file.write_all(&[1; MIB]).unwrap();
+            }
+            drop(file);
+            fs::remove_file(&path).unwrap();
         }
-        drop(file);
-        fs::remove_file(&path).unwrap();
         let result = run();
         memory::wait_until_freed(before);
         result
+    }
+}
+
+/// Memory, in bytes. The kernel keeps apart what it can move elsewhere and what not.
+enum Taken {
+    /// Of a memfd, a tmpfs and of files on disk.
+    PageCache(usize),
+    Ramfs(usize),
+}
+
+impl Taken {
+    fn by_copy(kind: &str, bytes: usize) -> Taken {
+        match kind {
+            "ramfs" => Taken::Ramfs(bytes),
+            _ => Taken::PageCache(bytes),
+        }
     }
 }
 
@@ -96,8 +119,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         programs: Programs::find(),
         mnt: sandbox.directory("mnt"),
         tmpfs: sandbox.tmpfs("tmpfs"),
+        ramfs: sandbox.directory("ramfs"),
         sandbox,
     };
+    common::run("mount", ["-t", "ramfs", "ramfs", bench.ramfs.to_str().unwrap()]);
 
     let mut report = Report::new(&bench.programs.versions);
     digests::measure(&bench, &mut report);

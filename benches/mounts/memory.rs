@@ -106,7 +106,7 @@ pub fn measure(bench: &Bench, report: &mut Report) -> Result<(), Box<dyn Error>>
                 "plain" => options.clone(),
                 kind => format!("copy={kind},{options}"),
             };
-            bench.with_memory(0, || {
+            bench.with_memory(&[], || {
                 let before = MemInfo::read_all();
                 bench.mount(&bench.programs.helper, &options, &image);
                 for (when, grown) in TIMES.iter().zip(grown) {

@@ -4,11 +4,11 @@ use std::time::Instant;
 
 use sealmount::{Memory, MountOptions, Rung, Step, Verity};
 
-use crate::Bench;
 use crate::common::V1;
 use crate::images::Image;
 use crate::report::{Report, Table};
 use crate::timing::{Samples, milliseconds};
+use crate::{Bench, Taken};
 
 const PARTS: [&str; 7] =
     ["open, check", "copy, digest, seal", "loop device", "EROFS", "overlayfs", "attach", "all"];
@@ -29,8 +29,11 @@ pub fn measure(bench: &Bench, image: &Image, report: &mut Report) {
             options.copy = *copy;
             options.digest = digest.then_some(image.digest);
             options.verity = Some(Verity::Off);
-            let memory = copy.map_or(0, |_| image.size);
-            let times = bench.with_memory(memory, || mount(bench, &options, image));
+            let memory = copy.map(|kind| match kind {
+                Memory::Ramfs => Taken::Ramfs(image.size),
+                _ => Taken::PageCache(image.size),
+            });
+            let times = bench.with_memory(memory.as_slice(), || mount(bench, &options, image));
             for (time, (_, times)) in times.iter().zip(samples) {
                 if counts {
                     times.push(*time);

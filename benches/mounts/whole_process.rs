@@ -9,7 +9,7 @@ use crate::images::{Image, MIB, make_cold};
 use crate::programs::Program;
 use crate::report::{Report, Table};
 use crate::timing::{Case, alternate, whole_process};
-use crate::{Bench, SIZES, digests};
+use crate::{Bench, SIZES, Taken, digests};
 
 pub const PLAIN: &str = "plain mount";
 pub const PLAIN_DYNAMIC: &str = "plain mount, not static";
@@ -128,7 +128,7 @@ fn plain<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Cas
             report.skip(format!("{name}: not here"));
             return None;
         };
-        Some(mounting(bench, name, program, plain_options(), &image.path, 0))
+        Some(mounting(bench, name, program, plain_options(), &image.path, None))
     })
     .collect()
 }
@@ -170,8 +170,9 @@ fn cold<'a>(bench: &'a Bench, image: &'a Image) -> Vec<Case<'a>> {
     let case = |(name, kind): (&str, Option<&'static str>)| {
         let options = kind.map_or_else(plain_options, |kind| copy_options(image, kind));
         Case::new(name, move || {
-            // Twice: what is read is kept in the page cache once more.
-            bench.with_memory(kind.map_or(0, |_| 2 * image.size), || {
+            let copy = kind.map(|kind| Taken::by_copy(kind, image.size));
+            let memory = Some(Taken::PageCache(image.size)).into_iter().chain(copy);
+            bench.with_memory(&memory.collect::<Vec<_>>(), || {
                 make_cold(&image.path);
                 let time = bench.mount(&bench.programs.helper, &options, &image.path);
                 bench.unmount();
@@ -230,7 +231,9 @@ fn copying<'a>(
     image: &Image,
     file: &'a Path,
 ) -> Case<'a> {
-    mounting(bench, name, &bench.programs.helper, copy_options(image, kind), file, image.size)
+    let memory = Taken::by_copy(kind, image.size);
+    let options = copy_options(image, kind);
+    mounting(bench, name, &bench.programs.helper, options, file, Some(memory))
 }
 
 fn mounting<'a>(
@@ -239,10 +242,10 @@ fn mounting<'a>(
     program: &'a Program,
     options: String,
     file: &'a Path,
-    memory: usize,
+    memory: Option<Taken>,
 ) -> Case<'a> {
     Case::new(name, move || {
-        bench.with_memory(memory, || {
+        bench.with_memory(memory.as_slice(), || {
             let time = bench.mount(program, &options, file);
             bench.unmount();
             time
@@ -256,7 +259,7 @@ fn cat<'a>(bench: &'a Bench, name: &str, image: &'a Image) -> Case<'a> {
 
 /// What the program prints, written to a new file in a tmpfs.
 fn into_tmpfs(bench: &Bench, command: &mut Command, size: usize) -> f64 {
-    bench.with_memory(size, || {
+    bench.with_memory(&[Taken::PageCache(size)], || {
         let file = bench.tmpfs.join("image.cfs");
         let time = whole_process(command.stdout(File::create(&file).unwrap()));
         fs::remove_file(file).unwrap();
@@ -289,7 +292,7 @@ fn fsverity_digest(fsverity: &Program, image: &Path) -> f64 {
 /// that a shell takes.
 fn pipeline(bench: &Bench, fsverity: &Program, composefs: &Program, image: &Image) -> f64 {
     let copy = bench.tmpfs.join("image.cfs");
-    bench.with_memory(image.size, || {
+    bench.with_memory(&[Taken::PageCache(image.size)], || {
         let time = whole_process(Command::new("cp").arg(&image.path).arg(&copy))
             + fsverity_digest(fsverity, &copy)
             + bench.mount(composefs, &plain_options(), &copy);
