@@ -18,7 +18,7 @@ const LINES: [(&str, &str); 8] = [
 ];
 
 /// The plot, in pixels: left, top, width, height. To its right are the names of the lines.
-const PLOT: (f64, f64, f64, f64) = (60.0, 20.0, 480.0, 400.0);
+const PLOT: (f64, f64, f64, f64) = (76.0, 20.0, 480.0, 400.0);
 const TIMES: (f64, f64) = (0.5, 20_000.0);
 
 pub fn by_size(report: &Report) -> String {
