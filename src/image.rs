@@ -169,7 +169,8 @@ pub(crate) enum Opened {
 }
 
 /// Opens an image. By path, what is no regular file is not opened at all, which for a FIFO or a device
-/// could wait, or do things; without `procfs`, unless somebody puts it there at the very moment.
+/// could wait, or do things; without `procfs` (nothing is verified then), unless somebody puts it there
+/// at the very moment.
 pub(crate) fn open(location: &Location, procfs: Option<&Procfs>) -> Result<Opened, Error> {
     let name = location.name();
     let failed =

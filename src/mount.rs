@@ -60,11 +60,13 @@ impl MountOptions {
     ) -> Result<DetachedMount, Error> {
         let location = image.into();
         self.check()?;
-        let procfs = Procfs::open()?;
+        // Where something is to be verified, names must be those of what was.
+        let is_verified = self.digest.is_some();
+        let procfs = if is_verified { Procfs::open()? } else { None };
         let Prepared { source, header, objects, upper, user_namespace, verity, unsupported } =
             self.prepare(&location, procfs.as_ref(), steps)?;
         let name = location.name();
-        let image = erofs::mount(&source, &header, &name, procfs.as_ref(), steps)?;
+        let image = erofs::mount(&source, &header, &name, is_verified, procfs.as_ref(), steps)?;
         // The mount holds what it needs of it.
         drop(source);
         if let (Some(user_namespace), Some(idmap)) = (user_namespace, &self.idmap) {
@@ -75,7 +77,7 @@ impl MountOptions {
 
         let source = self.source_name(&location);
         let overlay = Overlay { image, objects, upper, options: self, source, name };
-        let (fd, enforced) = overlay.mount(verity, procfs.as_ref(), steps)?;
+        let (fd, enforced) = overlay.mount(verity, steps)?;
         let verity = match (unsupported, self.verity) {
             (Some(reason), _) => ObjectVerity::UnsupportedByObjects(reason),
             (None, Some(Verity::Off)) => ObjectVerity::Noverity,

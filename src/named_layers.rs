@@ -36,7 +36,6 @@ const WHITEOUTS: &str = "whiteouts";
 /// caller's root is a directory that nothing is mounted on (a chroot): the thread has then gone to the
 /// root of the namespace, because propagation is a matter of mounts and their roots.
 pub(crate) fn in_private_namespace<T: Send>(
-    procfs: Option<&Procfs>,
     work: impl FnOnce(bool) -> Result<T, KernelError> + Send,
 ) -> Result<T, KernelError> {
     let failed = |errno| KernelError::new(Operation::PrivateNamespace, errno);
@@ -45,8 +44,8 @@ pub(crate) fn in_private_namespace<T: Send>(
         // Or what is attached would propagate to where the namespace was copied from.
         match sealmount_sys::mount_setattr_private() {
             Err(Errno::INVAL) => {
-                let procfs = procfs.ok_or_else(Procfs::missing)?;
-                procfs
+                Procfs::open()?
+                    .ok_or_else(Procfs::missing)?
                     .open_mount_namespace()
                     .and_then(sealmount_sys::enter_mount_namespace)
                     .and_then(|()| sealmount_sys::mount_setattr_private())

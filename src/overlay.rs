@@ -14,7 +14,6 @@ use crate::fs_context::{FsContext, STRING_MAX};
 use crate::location::Location;
 use crate::named_layers::{NamedLayers, in_private_namespace};
 use crate::options::{Atime, MountOptions, SuperblockFlags, UpperLayer, Verity};
-use crate::procfs::Procfs;
 use crate::step::{ObjectVerity, Rung, Step};
 
 /// A directory that becomes a layer.
@@ -113,7 +112,6 @@ impl Overlay<'_> {
     pub fn mount(
         &self,
         verity: Verity,
-        procfs: Option<&Procfs>,
         steps: &mut dyn FnMut(Step),
     ) -> Result<(OwnedFd, ObjectVerity), Error> {
         let rung = Rung::LayersByDescriptor;
@@ -129,7 +127,7 @@ impl Overlay<'_> {
         steps(Step::NotTaken { rung, error: missing });
 
         let layers = NamedLayers::new(self, named_rungs)?;
-        let (not_taken, rung, result) = in_private_namespace(procfs, |use_paths| {
+        let (not_taken, rung, result) = in_private_namespace(|use_paths| {
             layers.attach()?;
             let mut not_taken = Vec::new();
             for rung in named_rungs {

@@ -3,7 +3,7 @@
 //! By its links a descriptor gets a name. What lies at /proc is whatever the mount namespace has there,
 //! and with `-N`, or in a chroot, that may be somebody else's: a directory whose `self/fd/3` is another
 //! file than the one that was verified. In front of this one nobody can put anything, and it is there
-//! where /proc is not mounted.
+//! where /proc is not mounted. docs/design.md says when it is worth its time.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};

@@ -185,8 +185,8 @@ fn a_seccomp_filter_that_refuses_a_system_call_is_named() {
     let cases: [(SystemCall, &MountOptions, &str); 10] = [
         (libc::SYS_fsopen, &plain, "cannot open the file system type"),
         (libc::SYS_fsopen, &ramfs, "cannot open the file system type"),
-        (libc::SYS_fsconfig, &plain, "cannot make the superblock"),
-        (libc::SYS_fsconfig, &memfd, "cannot make the superblock"),
+        (libc::SYS_fsconfig, &plain, "cannot set the option"),
+        (libc::SYS_fsconfig, &memfd, "cannot set the option"),
         (libc::SYS_fsmount, &plain, "cannot make the mount"),
         (libc::SYS_fspick, &ramfs, "cannot open the file system type"),
         (libc::SYS_memfd_create, &memfd, "cannot make a memory file for the copy"),
