@@ -92,7 +92,7 @@ pub(crate) fn mount(
 /// Runs `work` with a name of the file, by which the kernel finds it once more.
 ///
 /// What was verified must be what is found. Where nothing was, a name in whatever lies at /proc is as good
-/// as the path that the image was opened by, and a fifth of a plain mount's time is saved.
+/// as the path that the image was opened by; docs/design.md has what the other one costs.
 fn with_name(
     file: &OwnedFd,
     is_verified: bool,
