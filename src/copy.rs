@@ -3,23 +3,24 @@
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::io::{Errno, retry_on_intr};
 use rustix::thread::sched_getaffinity;
 
-use crate::allocation::{STACK_SIZE, buffers, filled, room_for_threads};
+use crate::allocation::{buffers, filled, room_for_threads};
 use crate::digest::{Algorithm, Digest, Hash, MerkleTree, SpanHasher};
 use crate::error::{Error, KernelError, Operation};
 use crate::image::{Image, read_at};
 use crate::memory::{SealedMemory, UnsealedMemory};
 use crate::options::{Memory, SizeLimit};
 use crate::step::Progress;
+use crate::thread::in_threads;
 
 /// What a thread reads, writes and hashes at a time: large enough that system calls do not count,
 /// small enough to stay in its core's cache meanwhile.
-pub(crate) const PIECE_SIZE: usize = 64 * 1024;
+pub(crate) const PIECE_SIZE: usize = 128 * 1024;
 
 /// Writes into one file take turns, which leaves nothing to do for more threads than this.
 const THREADS_MAX: usize = 8;
@@ -136,43 +137,6 @@ impl Hashes {
 pub(crate) fn threads() -> usize {
     let processors = sched_getaffinity(None).map_or(1, |set| set.count() as usize);
     processors.clamp(1, THREADS_MAX)
-}
-
-/// Does what each of `helpers` does in a thread, and `own_work` in this one. Where no thread can be
-/// had, the others do the work.
-pub(crate) fn in_threads<Work>(
-    helpers: impl Iterator<Item = Work>,
-    own_work: impl FnOnce() -> Result<(), Error>,
-) -> Result<(), Error>
-where
-    Work: FnOnce() -> Result<(), Error> + Send,
-{
-    let this = std::thread::current();
-    let started = AtomicUsize::new(0);
-    std::thread::scope(|scope| {
-        let (this, started) = (&this, &started);
-        let helpers: Vec<_> = helpers
-            .map_while(|work| {
-                let thread = std::thread::Builder::new().stack_size(STACK_SIZE);
-                let work = move || {
-                    started.fetch_add(1, Ordering::Release);
-                    this.unpark();
-                    work()
-                };
-                thread.spawn_scoped(scope, work).ok()
-            })
-            .collect();
-        // Until each has the memory that it takes to start: `own_work` may take what is left.
-        while started.load(Ordering::Acquire) < helpers.len() {
-            std::thread::park();
-        }
-        let mut result = own_work();
-        for helper in helpers {
-            let other = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            result = result.and(other);
-        }
-        result
-    })
 }
 
 fn copy_span(

@@ -10,13 +10,14 @@ use rustix::io::Errno;
 
 use crate::allocation::{buffers, filled, room_for_threads};
 use crate::compression::{Refusal, decoder, is_supported};
-use crate::copy::{Hashes, check_digest, in_threads, threads, write_all_at};
+use crate::copy::{Hashes, check_digest, threads, write_all_at};
 use crate::digest::{Algorithm, Digest, MerkleTree};
 use crate::error::{Error, KernelError, Operation};
 use crate::image::{CompressedImage, Header, ImageError};
 use crate::memory::{SealedMemory, UnsealedMemory, check_limit};
 use crate::options::{Memory, SizeLimit};
 use crate::step::{Progress, Step};
+use crate::thread::in_threads;
 
 /// Decoding is the slowest part of it: more threads would have nothing to do.
 const HELPERS_MAX: usize = 3;

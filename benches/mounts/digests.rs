@@ -29,7 +29,7 @@ const SPAN: usize = BLOCK_SIZE / HASH_SIZE * BLOCK_SIZE;
 
 /// What a thread reads at a time: it stays in the cache of its core, as it does while an image is
 /// copied.
-const PIECE: usize = 64 * 1024;
+const PIECE: usize = 128 * 1024;
 
 const HASH_SIZE: usize = 32;
 

@@ -1,5 +1,6 @@
 //! Kernel interfaces that [sealmount] needs and [rustix] lacks: loop devices, fs-verity,
-//! `mount_setattr`, namespaces of a single thread, `AT_SECURE`, `sysinfo`, a resource limit; and swap areas, for its tests.
+//! `mount_setattr`, namespaces of a single thread, `AT_SECURE`, `sysinfo`, a resource limit, the current
+//! processor; and swap areas, for its tests.
 //!
 //! And SHA-256 and SHA-512 of several blocks at a time.
 //!
@@ -14,6 +15,7 @@ pub mod fsverity;
 pub mod loop_device;
 mod mount_setattr;
 mod namespace;
+mod processor;
 pub mod sha256;
 pub mod sha512;
 mod swap;
@@ -25,5 +27,6 @@ pub use namespace::{
     enter_mount_namespace, is_user_namespace, unshare_mount_namespace, unshare_user_namespace,
     unshare_working_directory,
 };
+pub use processor::current_processor;
 pub use swap::{swap_off, swap_on};
 pub use sysinfo::{Memory, file_size_limit, memory};

@@ -242,6 +242,7 @@ const CALLS: &[SystemCall] = &[
     call("rt_sigaction", libc::SYS_rt_sigaction, &[], &[EFAULT]),
     call("rt_sigprocmask", libc::SYS_rt_sigprocmask, &[], &[EFAULT]),
     call("sched_getaffinity", libc::SYS_sched_getaffinity, &[], &[EFAULT, ESRCH]),
+    call("sched_setaffinity", libc::SYS_sched_setaffinity, &[], &[EFAULT, ESRCH]),
     call("sched_yield", libc::SYS_sched_yield, &[], &[]),
     call("set_robust_list", libc::SYS_set_robust_list, &[], &[EFAULT, ESRCH]),
     call("set_tid_address", libc::SYS_set_tid_address, &[], &[]),
