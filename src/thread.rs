@@ -40,11 +40,10 @@ pub(crate) fn in_threads<Work>(
 where
     Work: FnOnce() -> Result<(), Error> + Send,
 {
-    let this = std::thread::current();
     let started = AtomicUsize::new(0);
     let processor = current_processor();
     std::thread::scope(|scope| {
-        let (this, started) = (&this, &started);
+        let started = &started;
         let helpers: Vec<_> = helpers
             .map_while(|work| {
                 let thread = std::thread::Builder::new().stack_size(STACK_SIZE);
@@ -53,15 +52,15 @@ where
                         leave(processor);
                     }
                     started.fetch_add(1, Ordering::Release);
-                    this.unpark();
                     work()
                 };
                 thread.spawn_scoped(scope, work).ok()
             })
             .collect();
-        // Until each has the memory that it takes to start: `own_work` may take what is left.
+        // Until each has the memory that it takes to start: `own_work` may take what is left. A thread
+        // that slept meanwhile could be woken on the processor of the one that woke it: see `leave`.
         while started.load(Ordering::Acquire) < helpers.len() {
-            std::thread::park();
+            std::thread::yield_now();
         }
         let mut result = own_work();
         for helper in helpers {

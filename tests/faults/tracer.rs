@@ -22,9 +22,7 @@ pub struct Call {
     thread: Pid,
     pub number: i64,
     pub arguments: [u64; 6],
-    /// How many calls all threads made before.
-    pub ordinal: usize,
-    /// How many of these were of this number.
+    /// How many calls of this number all threads made before.
     pub nth: usize,
 }
 
@@ -145,14 +143,13 @@ struct Tracer {
     threads: HashMap<Pid, Option<AtExit>>,
     /// From when the shell has become the program until the last decision.
     is_of_interest: bool,
-    ordinal: usize,
     counts: HashMap<i64, usize>,
 }
 
 impl Tracer {
     fn new(leader: Pid) -> Tracer {
         let threads = HashMap::from([(leader, None)]);
-        Tracer { leader, threads, is_of_interest: false, ordinal: 0, counts: HashMap::new() }
+        Tracer { leader, threads, is_of_interest: false, counts: HashMap::new() }
     }
 
     fn follow(mut self, decide: &mut dyn FnMut(&Call) -> Decision) -> End {
@@ -224,7 +221,7 @@ impl Tracer {
         let state = self.threads.entry(thread).or_insert(None);
         match state.take() {
             None => {
-                let call = call(thread, &registers, &mut self.ordinal, &mut self.counts);
+                let call = call(thread, &registers, &mut self.counts);
                 let Decision { action, is_last } = decide(&call);
                 self.is_of_interest = !is_last;
                 *state = Some(enter(&call, &mut registers, action, self.leader)?);
@@ -247,18 +244,12 @@ impl Tracer {
     }
 }
 
-fn call(
-    thread: Pid,
-    registers: &Registers,
-    ordinal: &mut usize,
-    counts: &mut HashMap<i64, usize>,
-) -> Call {
+fn call(thread: Pid, registers: &Registers, counts: &mut HashMap<i64, usize>) -> Call {
     let Registers { orig_rax, rdi, rsi, rdx, r10, r8, r9, .. } = *registers;
     let number = orig_rax as i64;
     let count = counts.entry(number).or_default();
     let arguments = [rdi, rsi, rdx, r10, r8, r9];
-    let call = Call { thread, number, arguments, ordinal: *ordinal, nth: *count };
-    *ordinal += 1;
+    let call = Call { thread, number, arguments, nth: *count };
     *count += 1;
     call
 }
