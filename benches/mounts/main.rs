@@ -57,23 +57,29 @@ impl Bench {
     ///
     /// A kernel in a virtual machine may give memory back to the host that was free for a moment (free
     /// page reporting). Taking it again costs more than filling it, and nobody can tell when that
-    /// happens. So it is in use until just before.
+    /// happens. So it is in use until just before; and a page here and there stays in use, because what
+    /// is given back are whole huge pages.
     fn with_memory<T>(&self, memory: &[Taken], run: impl FnOnce() -> T) -> T {
         let before = memory::held();
-        for taken in memory {
+        let mut kept = Vec::new();
+        for (number, taken) in memory.iter().enumerate() {
             let (directory, bytes) = match taken {
                 Taken::PageCache(bytes) => (&self.tmpfs, bytes),
                 Taken::Ramfs(bytes) => (&self.ramfs, bytes),
             };
             let path = directory.join("to-be-freed");
-            let mut file = File::create(&path).unwrap();
-            for _ in 0..bytes.div_ceil(MIB) {
-                file.write_all(&[1; MIB]).unwrap();
+            let mut to_be_freed = File::create(&path).unwrap();
+            kept.push(directory.join(format!("kept-{number}")));
+            let mut to_be_kept = File::create(&kept[number]).unwrap();
+            for _ in 0..bytes.div_ceil(Taken::BETWEEN_KEPT) {
+                to_be_freed.write_all(&[1; Taken::BETWEEN_KEPT]).unwrap();
+                to_be_kept.write_all(&[1; Taken::KEPT]).unwrap();
             }
-            drop(file);
+            drop(to_be_freed);
             fs::remove_file(&path).unwrap();
         }
         let result = run();
+        kept.iter().for_each(|path| fs::remove_file(path).unwrap());
         memory::wait_until_freed(before);
         result
     }
@@ -87,6 +93,10 @@ enum Taken {
 }
 
 impl Taken {
+    /// A page, and what is between two such: a part of a huge page.
+    const KEPT: usize = 4096;
+    const BETWEEN_KEPT: usize = MIB / 4;
+
     fn by_copy(kind: &str, bytes: usize) -> Taken {
         match kind {
             "ramfs" => Taken::Ramfs(bytes),
