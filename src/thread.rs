@@ -31,6 +31,9 @@ pub(crate) fn in_thread<T: Send>(
     })
 }
 
+/// How often to look, at least a millisecond in all.
+const YIELDS_MAX: usize = 1000;
+
 /// Does what each of `helpers` does in a thread, and `own_work` in this one. Where no thread can be
 /// had, the others do the work.
 pub(crate) fn in_threads<Work>(
@@ -40,10 +43,11 @@ pub(crate) fn in_threads<Work>(
 where
     Work: FnOnce() -> Result<(), Error> + Send,
 {
+    let this = std::thread::current();
     let started = AtomicUsize::new(0);
     let processor = current_processor();
     std::thread::scope(|scope| {
-        let started = &started;
+        let (this, started) = (&this, &started);
         let helpers: Vec<_> = helpers
             .map_while(|work| {
                 let thread = std::thread::Builder::new().stack_size(STACK_SIZE);
@@ -52,15 +56,24 @@ where
                         leave(processor);
                     }
                     started.fetch_add(1, Ordering::Release);
+                    this.unpark();
                     work()
                 };
                 thread.spawn_scoped(scope, work).ok()
             })
             .collect();
-        // Until each has the memory that it takes to start: `own_work` may take what is left. A thread
-        // that slept meanwhile could be woken on the processor of the one that woke it: see `leave`.
-        while started.load(Ordering::Acquire) < helpers.len() {
+        // Until each has the memory that it takes to start: `own_work` may take what is left. Asleep only
+        // where yielding is of no use, as a real-time thread: who is woken may find itself on the
+        // processor of the one that woke it, see `leave`.
+        let is_waiting = || started.load(Ordering::Acquire) < helpers.len();
+        for _ in 0..YIELDS_MAX {
+            if !is_waiting() {
+                break;
+            }
             std::thread::yield_now();
+        }
+        while is_waiting() {
+            std::thread::park();
         }
         let mut result = own_work();
         for helper in helpers {
