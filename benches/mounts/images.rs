@@ -44,7 +44,7 @@ impl Image {
         let compressed = |program: &Option<Program>, arguments: &[&str], suffix| {
             let program = program.as_ref()?;
             let mut command = program.command();
-            let status = command.args(arguments).arg("--keep").arg(&path).status();
+            let status = command.args(arguments).args(["--keep", "--force"]).arg(&path).status();
             assert!(status.is_ok_and(|status| status.success()), "{command:?}");
             Some(path.with_extension(suffix))
         };
