@@ -31,7 +31,8 @@ pub(crate) fn in_thread<T: Send>(
     })
 }
 
-/// How often to look, at least a millisecond in all.
+/// How often to yield to a thread that has not started yet. Seldom more than a few times, unless the
+/// machine is busy.
 const YIELDS_MAX: usize = 1000;
 
 /// Does what each of `helpers` does in a thread, and `own_work` in this one. Where no thread can be
@@ -52,9 +53,7 @@ where
             .map_while(|work| {
                 let thread = std::thread::Builder::new().stack_size(STACK_SIZE);
                 let work = move || {
-                    if let Some(processor) = processor {
-                        leave(processor);
-                    }
+                    leave(processor);
                     started.fetch_add(1, Ordering::Release);
                     this.unpark();
                     work()
@@ -65,15 +64,14 @@ where
         // Until each has the memory that it takes to start: `own_work` may take what is left. Asleep only
         // where yielding is of no use, as a real-time thread: who is woken may find itself on the
         // processor of the one that woke it, see `leave`.
-        let is_waiting = || started.load(Ordering::Acquire) < helpers.len();
-        for _ in 0..YIELDS_MAX {
-            if !is_waiting() {
-                break;
+        let mut yields = 0;
+        while started.load(Ordering::Acquire) < helpers.len() {
+            if yields < YIELDS_MAX {
+                std::thread::yield_now();
+                yields += 1;
+            } else {
+                std::thread::park();
             }
-            std::thread::yield_now();
-        }
-        while is_waiting() {
-            std::thread::park();
         }
         let mut result = own_work();
         for helper in helpers {
@@ -88,8 +86,8 @@ where
 ///
 /// Linux may put a new thread on the processor of the one that made it, and leave another idle for
 /// some milliseconds until it looks for what waits: as long as a small image takes (docs/design.md).
-fn leave(processor: usize) {
-    let Ok(allowed) = sched_getaffinity(None) else { return };
+fn leave(processor: Option<usize>) {
+    let (Some(processor), Ok(allowed)) = (processor, sched_getaffinity(None)) else { return };
     let mut others = allowed;
     others.unset(processor);
     // EINVAL: there is no other. And back, so that the kernel may move it later.
