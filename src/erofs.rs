@@ -108,8 +108,7 @@ fn with_name(
     }
     match procfs {
         Some(procfs) => procfs.with_name(file, work),
-        None if is_verified => Err(Procfs::missing()),
-        None => Procfs::open()?.ok_or_else(Procfs::missing)?.with_name(file, work),
+        None => Procfs::require()?.with_name(file, work),
     }
 }
 

@@ -44,8 +44,7 @@ pub(crate) fn in_private_namespace<T: Send>(
         // Or what is attached would propagate to where the namespace was copied from.
         match sealmount_sys::mount_setattr_private() {
             Err(Errno::INVAL) => {
-                Procfs::open()?
-                    .ok_or_else(Procfs::missing)?
+                Procfs::require()?
                     .open_mount_namespace()
                     .and_then(sealmount_sys::enter_mount_namespace)
                     .and_then(|()| sealmount_sys::mount_setattr_private())

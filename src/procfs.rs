@@ -38,9 +38,10 @@ impl Procfs {
         Ok(Some(Procfs { root: context.mount(attributes)? }))
     }
 
-    /// What to say where there is none.
-    pub fn missing() -> KernelError {
-        KernelError::new(Operation::OpenFileSystem, Errno::NODEV).on("proc")
+    /// As [`open`](Self::open), where there is no other way.
+    pub fn require() -> Result<Procfs, KernelError> {
+        let missing = || KernelError::new(Operation::OpenFileSystem, Errno::NODEV).on("proc");
+        Procfs::open()?.ok_or_else(missing)
     }
 
     /// Opens what a descriptor is of once more, in another way.
