@@ -1,16 +1,14 @@
 //! Compressed images, made by the programs that users have, through `copy`.
 
-mod common;
-
 use std::fs;
 use std::io::Write;
 
-use common::{Sandbox, V1, V2, assert_is_manifest, large_image, through};
 use proptest::prelude::*;
 use sealmount::{
     Algorithm, Compression, Error, ImageError, Memory, MountOptions, SizeLimit, Step,
     compute_digest,
 };
+use test_support::{Sandbox, V1, V2, assert_is_manifest, large_image, sandbox, through};
 
 const PROGRAMS: [(Compression, &[&str]); 3] = [
     (Compression::Zstd, &["zstd", "-19", "-c"]),
@@ -53,7 +51,7 @@ fn refused(sandbox: &Sandbox, options: &MountOptions, content: &[u8]) -> Error {
 /// RLIMIT_DATA: all private writable memory of the process, anonymous or not, the first stack aside.
 #[test]
 fn a_large_image_is_decompressed_in_8_mib_with_the_window() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mnt = sandbox.directory("mnt");
     let content = large_image(64 << 20);
     let digest = compute_digest(Algorithm::Sha256, &content);
@@ -64,14 +62,14 @@ fn a_large_image_is_decompressed_in_8_mib_with_the_window() {
         let image = sandbox.file("large", &through(program, &content));
         let (image, mnt_text) = (image.to_str().unwrap(), mnt.to_str().unwrap());
         let helper = env!("CARGO_BIN_EXE_mount-composefs");
-        common::run("prlimit", ["--data=8388608", helper, image, mnt_text, "-o", &options]);
-        common::umount(&mnt);
+        test_support::run("prlimit", ["--data=8388608", helper, image, mnt_text, "-o", &options]);
+        test_support::umount(&mnt);
     }
 }
 
 #[test]
 fn every_format_is_mounted() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mnt = sandbox.directory("mnt");
     for (format, program) in formats() {
         for fixture in [V1, V2] {
@@ -89,7 +87,7 @@ fn every_format_is_mounted() {
                 mount.attach(&mnt).unwrap();
                 fs::remove_file(image).unwrap();
                 assert_is_manifest(&mnt);
-                common::umount(&mnt);
+                test_support::umount(&mnt);
             }
         }
     }
@@ -97,7 +95,7 @@ fn every_format_is_mounted() {
 
 #[test]
 fn images_of_many_spans_are_hashed_as_they_are() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     // Around the spans of both algorithms, and more of them than threads can be waiting.
     for size in [256 << 10, 512 << 10, (512 << 10) + 4096, 9 << 20, (9 << 20) - 4096] {
         let image = large_image(size);
@@ -114,7 +112,7 @@ fn images_of_many_spans_are_hashed_as_they_are() {
 
 #[test]
 fn frames_are_taken_together() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = fs::read(V1.image()).unwrap();
     let (one, other) = image.split_at(5000);
     for (_, program) in formats() {
@@ -133,7 +131,7 @@ fn frames_are_taken_together() {
 
 #[test]
 fn a_build_without_a_format_says_so() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     for (format, program) in PROGRAMS {
         let compressed = through(program, &fs::read(V1.image()).unwrap());
         let result = options(false).mount(sandbox.file("image", &compressed));
@@ -149,7 +147,7 @@ fn a_build_without_a_format_says_so() {
 
 #[test]
 fn without_copy_it_is_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     for (format, program) in formats() {
         let compressed = through(program, &fs::read(V1.image()).unwrap());
         let mut options = options(false);
@@ -165,7 +163,7 @@ fn without_copy_it_is_refused() {
 
 #[test]
 fn what_is_cut_off_or_goes_on_is_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = fs::read(V1.image()).unwrap();
     for (_, program) in formats() {
         let whole = through(program, &image);
@@ -215,7 +213,7 @@ fn xz_with_check(file: &[u8], check: u8) -> Vec<u8> {
 #[cfg(feature = "xz")]
 #[test]
 fn a_check_of_an_unknown_kind_is_not_passed_over() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = fs::read(V1.image()).unwrap();
     let file = through(&["xz", "-c"], &image);
     assert_eq!(xz_with_check(&file, 4), file);
@@ -244,7 +242,7 @@ fn a_check_of_an_unknown_kind_is_not_passed_over() {
 #[cfg(feature = "xz")]
 #[test]
 fn xz_padding_is_of_four_bytes() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (one, other) = (fs::read(V1.image()).unwrap(), through(&["xz", "-c"], b""));
     let one = through(&["xz", "-c"], &one);
     for padding in 1..=9 {
@@ -263,7 +261,7 @@ fn xz_padding_is_of_four_bytes() {
 #[cfg(feature = "gzip")]
 #[test]
 fn only_zeros_may_follow_the_last_gzip_member() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let whole = through(&["gzip", "-n", "-c"], &fs::read(V1.image()).unwrap());
     // More than is read at a time.
     for padding in [1, 2, 7, 8, 9, 10, 18, 512, 300_000] {
@@ -287,7 +285,7 @@ fn only_zeros_may_follow_the_last_gzip_member() {
 #[cfg(feature = "gzip")]
 #[test]
 fn the_crc_of_a_gzip_header_is_checked() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let plain = through(&["gzip", "-n", "-c"], &fs::read(V1.image()).unwrap());
     let mut header = plain[..10].to_vec();
     header[3] = 2;
@@ -307,7 +305,7 @@ fn the_crc_of_a_gzip_header_is_checked() {
 /// frames.
 #[test]
 fn no_stream_passes_that_is_cut_off() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = fs::read(V1.image()).unwrap();
     let (one, other) = image.split_at(9000);
     let options = options(false);
@@ -339,7 +337,7 @@ fn no_stream_passes_that_is_cut_off() {
 #[cfg(feature = "zstd")]
 #[test]
 fn skippable_frames_are_no_image_and_are_whole() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let skippable = [&[0x50, 0x2a, 0x4d, 0x18, 5, 0, 0, 0][..], b"12345"].concat();
     for count in [1, 2, 1000] {
         let error = refused(&sandbox, &options(false), &skippable.repeat(count));
@@ -354,7 +352,7 @@ fn skippable_frames_are_no_image_and_are_whole() {
 
 #[test]
 fn a_bomb_is_refused_before_it_goes_off() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     // A gigabyte of zeros behind the image.
     let mut bomb = fs::read(V1.image()).unwrap();
     bomb.resize(1 << 30, 0);
@@ -377,7 +375,7 @@ fn a_bomb_is_refused_before_it_goes_off() {
 
 #[test]
 fn a_window_beyond_the_limit_is_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     // --long=31 makes zstd say that two gigabytes are referred back to, if the size is not known.
     let image = fs::read(V1.image()).unwrap();
     let dictionary = "--lzma2=preset=0,dict=192MiB";
@@ -398,7 +396,7 @@ fn a_window_beyond_the_limit_is_refused() {
 
 #[test]
 fn damage_never_passes() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = fs::read(V1.image()).unwrap();
     let compressed: Vec<_> = formats().map(|(_, program)| through(program, &image)).collect();
     if compressed.is_empty() {

@@ -18,8 +18,12 @@ fn every_test_named_exists() {
     let named = security.split('`').skip(1).step_by(2).filter_map(|name| name.split_once("::"));
     let mut count = 0;
     for (file, test) in named.filter(|(file, _)| !file.contains("FILE") && *file != "vm") {
-        let path =
-            if file.contains('/') { format!("{file}.rs") } else { format!("tests/{file}.rs") };
+        // A suite is a file, or a directory with a main.rs.
+        let path = match file.contains('/') {
+            true => format!("{file}.rs"),
+            false if root.join(format!("tests/{file}.rs")).exists() => format!("tests/{file}.rs"),
+            false => format!("tests/{file}/main.rs"),
+        };
         let source = read(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
         assert!(source.contains(&format!("fn {test}(")), "{path} has no {test}");
         count += 1;

@@ -1,16 +1,14 @@
 //! mount.composefs: called directly, and by mount(8).
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{
+use test_support::{
     Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, large_image, mount_at,
-    mount_composefs, mounts, run, umount, umount_8,
+    mount_composefs, mounts, run, sandbox, umount, umount_8,
 };
 
 fn basedir() -> String {
@@ -23,7 +21,7 @@ fn stderr(output: &Output) -> String {
 
 /// Runs the helper, which must exit with `status` and say each of `texts`.
 fn fails(arguments: &[&str], status: i32, texts: &[&str]) {
-    let output = mount_composefs(arguments);
+    let output = mount_composefs!(arguments);
     let message = stderr(&output);
     assert_eq!(output.status.code(), Some(status), "{arguments:?}: {message}");
     assert!(message.starts_with("mount.composefs: "), "{message}");
@@ -33,14 +31,14 @@ fn fails(arguments: &[&str], status: i32, texts: &[&str]) {
 }
 
 fn succeeds(arguments: &[&str]) -> Output {
-    let output = mount_composefs(arguments);
+    let output = mount_composefs!(arguments);
     assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
     output
 }
 
 #[test]
 fn incorrect_calls_exit_with_1() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
     let basedir = &basedir();
@@ -58,7 +56,7 @@ fn incorrect_calls_exit_with_1() {
 
 #[test]
 fn what_is_misunderstood_most_easily_is_explained() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
     let basedir = &basedir();
@@ -81,7 +79,7 @@ fn what_is_misunderstood_most_easily_is_explained() {
 
 #[test]
 fn a_message_is_one_line_and_nothing_for_a_terminal_to_act_on() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (sandbox.path("a\nb\x1b[31m.cfs"), sandbox.directory("mnt"));
     fs::copy(V1.image(), &image).unwrap();
     let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
@@ -97,7 +95,7 @@ fn a_message_is_one_line_and_nothing_for_a_terminal_to_act_on() {
 
 #[test]
 fn files_may_be_limited_in_size() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     for copy in ["memfd", "ramfs"] {
         let output = Command::new("prlimit")
@@ -115,7 +113,7 @@ fn files_may_be_limited_in_size() {
 
 #[test]
 fn mounts_that_fail_exit_with_32_and_say_why() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mnt = sandbox.directory("mnt");
     let (mnt, basedir) = (mnt.to_str().unwrap(), &basedir());
     let image = V1.image();
@@ -138,7 +136,7 @@ fn mounts_that_fail_exit_with_32_and_say_why() {
 
 #[test]
 fn without_permission_it_says_so() {
-    let Some(_sandbox) = Sandbox::new() else { return };
+    let Some(_sandbox) = sandbox!() else { return };
     // Where an ordinary user gets at the files, wherever the project was checked out: that may be
     // below this directory, so they are read first.
     let directory = Path::new("/tmp");
@@ -167,7 +165,7 @@ fn without_permission_it_says_so() {
 
 #[test]
 fn what_cannot_be_said_stops_no_mount() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let full = || fs::File::options().write(true).open("/dev/full").unwrap();
     let helper = |arguments: &[&str]| {
@@ -184,7 +182,7 @@ fn what_cannot_be_said_stops_no_mount() {
 
 #[test]
 fn operands_and_options_come_in_any_order() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (i, d) = (image.to_str().unwrap(), mnt.to_str().unwrap());
     let b = &basedir();
@@ -203,7 +201,7 @@ fn operands_and_options_come_in_any_order() {
 
 #[test]
 fn fake_does_everything_but_attach() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("fake.cfs");
     fs::copy(V1.image(), &image).unwrap();
     let mnt = sandbox.directory("mnt");
@@ -223,7 +221,7 @@ fn fake_does_everything_but_attach() {
 
 #[test]
 fn sloppy_tolerates_only_what_is_unknown() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (i, d) = (image.to_str().unwrap(), mnt.to_str().unwrap());
     let said = stderr(&succeeds(&["-sv", i, d, "-o", &format!("{},bogus=1", basedir())]));
@@ -262,7 +260,7 @@ fn help_and_version_are_printed() {
 
 #[test]
 fn nothing_is_said_without_v() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let output = succeeds(&[image.to_str().unwrap(), mnt.to_str().unwrap(), "-o", &basedir()]);
     assert!(output.stdout.is_empty() && output.stderr.is_empty());
@@ -270,7 +268,7 @@ fn nothing_is_said_without_v() {
 
 #[test]
 fn nobody_has_to_listen() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
@@ -303,11 +301,11 @@ fn until_it_takes_long(sandbox: &Sandbox, mut mount: impl FnMut(&Path)) {
         (state >> 28) as u8
     };
     let content: Vec<u8> = (0..STREAM).map(|_| noise()).collect();
-    let stream = common::through(&["xz", "-0"], &content);
+    let stream = test_support::through(&["xz", "-0"], &content);
     for streams in [4, 8, 16, 32, 64] {
         let mut head = large_image(STREAM);
         head[1060..1064].copy_from_slice(&((streams * STREAM / 4096) as u32).to_le_bytes());
-        let head = common::through(&["xz", "-0"], &head);
+        let head = test_support::through(&["xz", "-0"], &head);
         let image = sandbox.file("image.xz", &[head, stream.repeat(streams - 1)].concat());
         let start = Instant::now();
         mount(&image);
@@ -320,7 +318,7 @@ fn until_it_takes_long(sandbox: &Sandbox, mut mount: impl FnMut(&Path)) {
 
 #[test]
 fn a_copy_that_takes_long_shows_its_progress_on_a_terminal() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mnt = sandbox.directory("mnt");
     let short = on_a_terminal("-v", &V1.image(), &mnt);
     assert!(short.contains("copied into") && !short.contains("copying ["), "{short}");
@@ -348,7 +346,7 @@ fn a_copy_that_takes_long_shows_its_progress_on_a_terminal() {
 
 #[test]
 fn n_mounts_in_another_namespace() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (i, d) = (image.to_str().unwrap(), mnt.to_str().unwrap());
     let mut other = Command::new("unshare")
@@ -393,7 +391,7 @@ fn findmnt(mount_point: &Path, column: &str) -> String {
 
 #[test]
 fn mount_8_umount_8_and_findmnt_8_work() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     install(&sandbox);
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let options = format!("{},nosuid,nodev,noatime,x-test=1", basedir());
@@ -426,7 +424,7 @@ fn mount_8_umount_8_and_findmnt_8_work() {
 
 #[test]
 fn mount_a_mounts_what_fstab_says_once() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     install(&sandbox);
     let (one, other) = (sandbox.directory("one"), sandbox.directory("with space"));
     let line = |image: PathBuf, directory: &Path, options: &str| {

@@ -3,8 +3,6 @@
 //!
 //! `SEALMOUNT_HOSTILE=all` mounts the whole corpus of mutated images, not a sample of it.
 
-mod common;
-
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -15,13 +13,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{Sandbox, V1, assert_is_manifest, through, umount};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::fs::{CWD, FileType, Mode, OFlags, RenameFlags, makedev, mknodat, renameat_with};
 use sealmount::{
     DetachedMount, DirectoryRole, Errno, Error, ImageError, Location, MountOptions, Operation,
     SizeLimit,
 };
+use test_support::{Sandbox, V1, assert_is_manifest, sandbox, through, umount};
 
 /// Private memory that the helper gets here: six buffers of 512 KiB and a decoder's window, several
 /// times over.
@@ -81,7 +79,7 @@ fn sixteen_gibibytes(program: &[&str]) -> Vec<u8> {
 
 #[test]
 fn bombs_are_refused_before_they_go_off() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     for program in [ZSTD, XZ, GZIP] {
         let zeros = sixteen_gibibytes(program);
         let behind = |image: &[u8]| [through(program, image), zeros.clone()].concat();
@@ -108,7 +106,7 @@ fn zstd_frame(header: &[u8]) -> Vec<u8> {
 
 #[test]
 fn zstd_frames_that_claim_too_much_are_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let small = through(&["zstd", "-c", "--no-check", "--stream-size=24576"], &v1());
     assert_eq!(small[4] & 0xe4, 0x60, "a single segment, its size in two bytes");
     let mut size_lies = small.clone();
@@ -151,7 +149,7 @@ fn xz_patched(file: &[u8], checked: std::ops::Range<usize>, at: usize, value: u8
 
 #[test]
 fn xz_streams_that_lie_are_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let file = through(&["xz", "-C", "none", "-0", "-c"], &v1());
     // Twelve bytes of stream header, then the header of the block: its size, flags, a filter and the
     // size of its dictionary.
@@ -192,7 +190,7 @@ fn xz_streams_that_lie_are_refused() {
 
 #[test]
 fn gzip_members_that_lie_are_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let file = through(GZIP, &v1());
     let mut size_lies = file.clone();
     *size_lies.last_mut().unwrap() ^= 0x80;
@@ -207,7 +205,7 @@ fn gzip_members_that_lie_are_refused() {
 
 #[test]
 fn streams_of_nothing_do_not_pile_up() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     for program in [ZSTD, XZ, GZIP] {
         let nothing = through(program, b"").repeat(100_000);
         let message = refused_by_helper(&sandbox.file("image", &nothing), "");
@@ -226,7 +224,7 @@ fn sparse(sandbox: &Sandbox, content: &[u8], size: u64) -> PathBuf {
 
 #[test]
 fn huge_sparse_files_are_not_read() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     const SIZE: u64 = 8 << 40;
     // A skippable frame of 4 GiB, xz's padding between streams, and that of gzip.
     let skippable = [0x50, 0x2a, 0x4d, 0x18, 0xff, 0xff, 0xff, 0xff];
@@ -267,7 +265,7 @@ fn by_descriptor(path: &Path) -> Location {
 
 #[test]
 fn what_is_no_file_is_named_and_not_waited_for() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let node = |name: &str, kind, device| {
         let path = sandbox.path(name);
         mknodat(CWD, &path, kind, Mode::RUSR, device).unwrap();
@@ -312,7 +310,7 @@ fn what_is_no_file_is_named_and_not_waited_for() {
 
 #[test]
 fn what_cannot_be_read_is_the_kernels_error() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.file("image", &v1());
     symlink("loop", sandbox.path("loop")).unwrap();
     let write_only = OpenOptions::new().write(true).open(&image).unwrap();
@@ -351,7 +349,7 @@ fn meanwhile(mut disturb: impl FnMut() + Send, work: impl FnOnce()) {
 
 #[test]
 fn a_file_that_becomes_a_fifo_is_not_waited_for() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, fifo) = (sandbox.file("image", &v1()), sandbox.path("fifo"));
     mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR, 0).unwrap();
     let swap = || renameat_with(CWD, &image, CWD, &fifo, RenameFlags::EXCHANGE).unwrap();
@@ -384,7 +382,7 @@ fn a_file_that_becomes_a_fifo_is_not_waited_for() {
 
 #[test]
 fn a_file_that_grows_has_an_end() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mut options = V1.copy_options();
     options.digest = Some("0".repeat(64).parse().unwrap());
     // Behind xz and gzip streams zeros are padding, behind zstd garbage.
@@ -408,7 +406,7 @@ const EXTREMES: [u32; 6] = [0, 1, 2, 0x7fff_ffff, 0x8000_0000, u32::MAX];
 
 #[test]
 fn every_field_of_the_header_at_its_extremes() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mut messages = HashSet::new();
     for field in 0..8 {
         for value in EXTREMES {
@@ -434,7 +432,7 @@ fn every_field_of_the_header_at_its_extremes() {
 
 #[test]
 fn a_superblock_that_lies_is_refused_by_us_or_the_kernel() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     // Of struct erofs_super_block: the offset of a field, its name, and a value for it.
     let cases: [(usize, &str, &[u8]); 12] = [
         (0, "magic", &[0; 4]),
@@ -484,7 +482,7 @@ fn a_superblock_that_lies_is_refused_by_us_or_the_kernel() {
 
 #[test]
 fn object_directories_that_are_none_are_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let file = sandbox.file("file", b"");
     let fifo = sandbox.path("fifo");
     mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR, 0).unwrap();
@@ -531,7 +529,7 @@ fn object_directories_that_are_none_are_refused() {
 
 #[test]
 fn objects_that_are_no_files_are_not_opened() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mnt = sandbox.directory("mnt");
     let secret = sandbox.file("secret", &[b's'; 70_000]);
     let node = |path: &Path, kind, device| mknodat(CWD, path, kind, Mode::RUSR, device).unwrap();
@@ -600,7 +598,7 @@ fn outcome(error: &Error) -> String {
 
 #[test]
 fn mutated_images_never_pass_a_digest() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let original = v1();
     // Changed in place: ext4 writes out what was truncated before it is written to.
     let path = sandbox.file("image", &original);
@@ -707,7 +705,7 @@ fn look_at(path: &Path) -> Result<bool, (&'static str, std::io::Error)> {
 
 #[test]
 fn mutated_images_are_mounted_or_refused_by_the_kernel() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let original = v1();
     let path = sandbox.file("image", &original);
     let image = OpenOptions::new().write(true).open(&path).unwrap();

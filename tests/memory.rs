@@ -1,15 +1,13 @@
 //! What a copy takes of memory, and that it gives it back. A test binary of its own: the figures are
 //! those of the whole system.
 
-mod common;
-
 use std::fs;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use sealmount::{Algorithm, Error, Memory, SizeLimit, compute_digest};
 
-use common::{Sandbox, V1, large_image, mount_at, run, through, umount};
+use test_support::{V1, large_image, mount_at, mount_composefs, run, sandbox, through, umount};
 
 const MIB: usize = 1024 * 1024;
 
@@ -37,7 +35,7 @@ fn assert_meminfo(field: &str, expected: usize) {
 #[test]
 fn a_copy_takes_the_memory_of_the_image_and_gives_it_back() {
     let _alone = ONE_AT_A_TIME.lock();
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let size = 64 * MIB;
     let content = large_image(size);
     let (image, mnt) = (sandbox.file("large.cfs", &content), sandbox.directory("mnt"));
@@ -62,7 +60,7 @@ fn a_copy_takes_the_memory_of_the_image_and_gives_it_back() {
 
         // Nor does one that fails keep any.
         let wrong = options.replace(&digest.to_string(), &"0".repeat(128));
-        let output = common::mount_composefs([image, mnt_text, "-o", &wrong]);
+        let output = mount_composefs!([image, mnt_text, "-o", &wrong]);
         assert_eq!(output.status.code(), Some(32), "{output:?}");
         assert!(mount_at(&mnt).is_none());
         assert_meminfo(field, before);
@@ -73,7 +71,7 @@ fn a_copy_takes_the_memory_of_the_image_and_gives_it_back() {
 #[test]
 fn a_stream_that_is_refused_gives_its_memory_back() {
     let _alone = ONE_AT_A_TIME.lock();
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let size = 64 * MIB;
     let mut options = V1.copy_options();
     options.digest = None;

@@ -1,7 +1,5 @@
 //! The library, with real mounts on the running kernel.
 
-mod common;
-
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -15,14 +13,14 @@ use sealmount::{
     MountOptions, NotVerity, ObjectVerity, Operation, Rung, Step, UpperLayer, VerifiedBy, Verity,
 };
 
-use common::{
-    Fixture, Sandbox, V1, V2, assert_has_hard_link, assert_is_manifest, assert_is_manifest_mapped,
-    assert_no_loop_device, loop_devices, mount_at, mounts, umount,
+use test_support::{
+    Fixture, V1, V2, assert_has_hard_link, assert_is_manifest, assert_is_manifest_mapped,
+    assert_no_loop_device, loop_devices, mount_at, mounts, sandbox, umount,
 };
 
 #[test]
 fn both_formats_plain_and_copied_show_the_manifest() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     for fixture in [V1, V2] {
         let mut ramfs = fixture.copy_options();
@@ -41,7 +39,7 @@ fn both_formats_plain_and_copied_show_the_manifest() {
 
 #[test]
 fn a_copy_uses_nothing_of_its_source() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let source = sandbox.tmpfs("source");
     let image = source.join("image.cfs");
@@ -80,12 +78,12 @@ fn copy_outlives(memory: Memory, source: &Path, mount_point: &Path) {
 
 #[test]
 fn the_loop_device_of_a_copy_has_a_name_and_goes_with_the_last_unmount() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (one, other) = (sandbox.directory("one"), sandbox.directory("other"));
     let image = sandbox.path("named.cfs");
     fs::copy(V1.image(), &image).unwrap();
     V1.copy_options().mount(&image).unwrap().attach(&one).unwrap();
-    common::run("mount", ["--bind".as_ref(), one.as_os_str(), other.as_os_str()]);
+    test_support::run("mount", ["--bind".as_ref(), one.as_os_str(), other.as_os_str()]);
 
     let name = format!("/memfd:sealmount:{} (deleted)\n", image.display());
     assert_eq!(loop_devices(image.to_str().unwrap()), [name]);
@@ -99,7 +97,7 @@ fn the_loop_device_of_a_copy_has_a_name_and_goes_with_the_last_unmount() {
 /// What the library asked the kernel for, as the kernel shows it.
 #[test]
 fn a_copy_is_sealed_and_its_loop_device_read_only() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("sealed.cfs");
     fs::copy(V1.image(), &image).unwrap();
     let name = format!("/memfd:sealmount:{} (deleted)", image.display());
@@ -140,7 +138,7 @@ fn a_copy_is_sealed_and_its_loop_device_read_only() {
 
 #[test]
 fn one_image_is_mounted_many_times() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let attach = |options: &MountOptions, name: String| {
         let mount_point = sandbox.directory(&name);
         options.mount(V2.image()).unwrap().attach(&mount_point).unwrap();
@@ -162,7 +160,7 @@ fn one_image_is_mounted_many_times() {
 
 #[test]
 fn a_detached_mount_can_be_used_handed_on_and_dropped() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("dropped.cfs");
     fs::copy(V1.image(), &image).unwrap();
     let before = format!("{:?}", mounts());
@@ -193,7 +191,7 @@ fn a_detached_mount_can_be_used_handed_on_and_dropped() {
 
 #[test]
 fn everything_can_be_given_by_descriptor() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let open = |path: &Path| Location::from(File::open(path).unwrap());
     let (upperdir, workdir) = (sandbox.directory("upper"), sandbox.directory("work"));
@@ -209,7 +207,7 @@ fn everything_can_be_given_by_descriptor() {
 
 #[test]
 fn a_deleted_image_with_a_long_name_can_be_given_by_descriptor() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let path = sandbox.path(&"x".repeat(255));
     for memory in [Memory::Memfd, Memory::Ramfs] {
@@ -226,7 +224,7 @@ fn a_deleted_image_with_a_long_name_can_be_given_by_descriptor() {
 
 #[test]
 fn an_upper_layer_takes_changes_and_keeps_them() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let mut options = V1.copy_options();
     options.upper = Some(UpperLayer {
@@ -253,7 +251,7 @@ fn an_upper_layer_takes_changes_and_keeps_them() {
 
 #[test]
 fn layers_that_do_not_go_together_are_refused_by_name() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (one, other) = (sandbox.directory("one"), sandbox.directory("other"));
     let (objects, tmpfs) = (V1.objects(), sandbox.tmpfs("tmpfs"));
     std::os::unix::fs::symlink(&objects, sandbox.path("link")).unwrap();
@@ -290,7 +288,7 @@ fn layers_that_do_not_go_together_are_refused_by_name() {
 /// They reach overlayfs, which has no use for them on a kernel without SELinux.
 #[test]
 fn selinux_contexts_are_handed_to_overlayfs() {
-    let Some(_sandbox) = Sandbox::new() else { return };
+    let Some(_sandbox) = sandbox!() else { return };
     for name in ["context", "fscontext", "defcontext", "rootcontext"] {
         let text = format!("basedir={},{name}=a:b:c:s0\\,c1", V1.objects().display());
         match MountOptions::parse(text).unwrap().mount(V1.image()) {
@@ -308,7 +306,7 @@ fn selinux_contexts_are_handed_to_overlayfs() {
 
 #[test]
 fn without_an_upper_layer_rw_is_read_only() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let options = MountOptions::parse(format!("basedir={},rw", V1.objects().display())).unwrap();
     options.mount(V1.image()).unwrap().attach(&mount_point).unwrap();
@@ -319,7 +317,7 @@ fn without_an_upper_layer_rw_is_read_only() {
 
 #[test]
 fn attributes_are_in_force() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let mut options = V1.options();
     options.attributes = MountAttributes::all();
@@ -345,7 +343,7 @@ fn attributes_are_in_force() {
 
 #[test]
 fn objects_are_found_in_the_first_directory_that_has_them() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let empty = sandbox.directory("odd, name: \\ and all");
     let mut options = V1.options();
@@ -361,7 +359,7 @@ fn objects_are_found_in_the_first_directory_that_has_them() {
 
 #[test]
 fn an_image_with_a_long_and_odd_path_is_mounted() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let long = sandbox.directory(&"x".repeat(250)).join("odd\n,:\\ name");
     fs::copy(V1.image(), &long).unwrap();
@@ -374,9 +372,9 @@ fn an_image_with_a_long_and_odd_path_is_mounted() {
 
 #[test]
 fn an_idmapped_mount_has_other_owners() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
-    let (_process, namespace) = common::user_namespace();
+    let (_process, namespace) = test_support::user_namespace();
     for mut options in [V1.options(), V2.copy_options()] {
         let fixture = if options.copy.is_none() { V1 } else { V2 };
         options.idmap = Some(namespace.as_str().into());
@@ -402,7 +400,7 @@ fn steps_of(options: &MountOptions, image: &Path) -> Vec<Step> {
 
 #[test]
 fn steps_tell_what_was_done() {
-    let Some(_sandbox) = Sandbox::new() else { return };
+    let Some(_sandbox) = sandbox!() else { return };
     let steps = steps_of(&V2.copy_options(), &V2.image());
     assert!(matches!(&steps[0], Step::ImageOpened { size: 16384, composefs_version: 2, .. }));
     assert!(matches!(
@@ -426,7 +424,7 @@ fn steps_tell_what_was_done() {
 
 #[test]
 fn an_image_on_tmpfs_is_mounted_through_a_loop_device() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.tmpfs("tmpfs").join("image.cfs");
     fs::copy(V1.image(), &image).unwrap();
     let steps = steps_of(&V1.options(), &image);
@@ -450,7 +448,7 @@ fn error_of(options: &MountOptions, image: &Path) -> Error {
 
 #[test]
 fn what_is_no_image_is_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let v1 = fs::read(V1.image()).unwrap();
     let patched = |offset: usize, value: u8| {
         let mut image = v1.clone();
@@ -478,7 +476,7 @@ fn what_is_no_image_is_refused() {
             }
         }
     }
-    common::run("mkfifo", [sandbox.path("fifo")]);
+    test_support::run("mkfifo", [sandbox.path("fifo")]);
     for path in [sandbox.path("fifo").as_path(), Path::new("/dev/zero"), Path::new("/")] {
         let error = error_of(&V1.options(), path);
         let refused = Error::Image { image: path.into(), problem: ImageError::NotAFile("") };
@@ -491,7 +489,7 @@ fn what_is_no_image_is_refused() {
 
 #[test]
 fn directories_that_are_none_are_refused_by_name() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (file, missing) = (sandbox.file("file", b""), sandbox.path("missing"));
     for (path, expected) in [(&file, Errno::NOTDIR), (&missing, Errno::NOENT)] {
         let mut options = V1.options();
@@ -517,7 +515,7 @@ fn assert_directory(error: Error, role: DirectoryRole, path: &Path, errno: Errno
 
 #[test]
 fn a_digest_decides() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     for fixture in [V1, V2] {
         let good = fs::read(fixture.image()).unwrap();
         let size = good.len();
@@ -536,7 +534,7 @@ fn a_digest_decides() {
 
 #[test]
 fn a_digest_without_copy_needs_the_kernel() {
-    let Some(_sandbox) = Sandbox::new() else { return };
+    let Some(_sandbox) = sandbox!() else { return };
     let mut options = V1.copy_options();
     options.copy = None;
     let error = error_of(&options, &V1.image());
@@ -552,7 +550,7 @@ fn with_verity(fixture: &Fixture, verity: Verity) -> MountOptions {
 
 #[test]
 fn verity_that_would_fail_every_read_is_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     // tmpfs has no fs-verity on any kernel.
     let objects = sandbox.tmpfs("tmpfs");
     let mut options = with_verity(&V1, Verity::Require);
@@ -576,10 +574,13 @@ fn verity_that_would_fail_every_read_is_refused() {
 
 #[test]
 fn tryverity_tells_that_nothing_is_enforced() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let objects = sandbox.tmpfs("tmpfs");
-    common::run("cp", ["-r", &format!("{}/.", V1.objects().display()), objects.to_str().unwrap()]);
+    test_support::run(
+        "cp",
+        ["-r", &format!("{}/.", V1.objects().display()), objects.to_str().unwrap()],
+    );
     let mut options = with_verity(&V1, Verity::Try);
     options.basedirs = vec![objects.into()];
     let mount = options.mount(V1.image()).unwrap();
@@ -590,7 +591,7 @@ fn tryverity_tells_that_nothing_is_enforced() {
 
 #[test]
 fn symbolic_links_in_paths_are_followed() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let link = |name: &str, target: &Path| {
         let link = sandbox.path(name);
         std::os::unix::fs::symlink(target, &link).unwrap();
@@ -628,7 +629,7 @@ fn symbolic_links_in_paths_are_followed() {
 
 #[test]
 fn permissions_are_those_of_the_image() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     V1.options().mount(V1.image()).unwrap().attach(&mount_point).unwrap();
     let setuid = fs::metadata(mount_point.join("usr/bin/setuid")).unwrap();

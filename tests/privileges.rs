@@ -1,8 +1,6 @@
 //! Without a permission: the message says which one is missing, the exit status is the documented one,
 //! and nothing is left. And what a caller without permission cannot do.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
@@ -16,10 +14,10 @@ use rustix::fs::{XattrFlags, removexattr, setxattr};
 use rustix::io::Errno;
 use sealmount::{Error, Memory, MountOptions, Operation, Rung, Step};
 
-use common::refusals::{SystemCall, refuse, refuse_argument, restrict_by_landlock};
-use common::{
+use test_support::sandboxing::{SystemCall, refuse, refuse_argument, restrict_by_landlock};
+use test_support::{
     Sandbox, V1, assert_is_manifest, assert_no_loop_device, mount_at, mount_composefs, mounts, run,
-    umount,
+    sandbox, umount,
 };
 
 /// A sandbox with an image of its own and a mount point.
@@ -31,7 +29,7 @@ struct Place {
 
 impl Place {
     fn new() -> Option<Place> {
-        let sandbox = Sandbox::new()?;
+        let sandbox = sandbox!()?;
         let image = sandbox.path("image.cfs");
         fs::copy(V1.image(), &image).unwrap();
         let mount_point = sandbox.directory("mnt");
@@ -43,7 +41,7 @@ impl Place {
         [self.image.clone().into(), self.mount_point.clone().into(), "-o".into(), options.to_text()]
     }
 
-    fn assert_nothing_is_left(&self, before: &[common::Mount]) {
+    fn assert_nothing_is_left(&self, before: &[test_support::Mount]) {
         assert_eq!(mounts(), before);
         assert_no_loop_device(self.image.to_str().unwrap());
     }
@@ -167,7 +165,7 @@ fn restricted(restrict: impl FnOnce() + Send, arguments: &[std::ffi::OsString]) 
     thread::scope(|scope| {
         let thread = scope.spawn(|| {
             restrict();
-            mount_composefs(arguments)
+            mount_composefs!(arguments)
         });
         thread.join().unwrap()
     })
@@ -177,7 +175,7 @@ fn restricted(restrict: impl FnOnce() + Send, arguments: &[std::ffi::OsString]) 
 fn a_seccomp_filter_that_refuses_a_system_call_is_named() {
     let Some(place) = Place::new() else { return };
     let before = mounts();
-    let (process, namespace) = common::user_namespace();
+    let (process, namespace) = test_support::user_namespace();
     let mut idmapped = options(None);
     idmapped.idmap = Some(namespace.as_str().into());
     let (plain, memfd, ramfs) =
@@ -413,7 +411,7 @@ const CAP_SYS_ADMIN_EP: [u8; 20] = {
 /// The helper, an image and a mount point in /tmp, where everybody gets at them: the project may be
 /// checked out where that is not so, or below /tmp.
 fn public() -> Option<(Sandbox, [&'static Path; 3])> {
-    let sandbox = Sandbox::new()?;
+    let sandbox = sandbox!()?;
     let contents = [env!("CARGO_BIN_EXE_mount-composefs").into(), V1.image()].map(fs::read);
     let paths = ["/tmp/mount.composefs", "/tmp/image.cfs", "/tmp/mnt"].map(Path::new);
     run("mount", ["-t", "tmpfs", "tmpfs", "/tmp"]);

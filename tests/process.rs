@@ -1,8 +1,6 @@
 //! What a mount leaves in the process that asks for it: nothing. A test binary of its own, with one
 //! test: what is compared is that of the whole process.
 
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
@@ -12,13 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::refusals::{SystemCall, refuse, refuse_argument};
-use common::{
-    Sandbox, V1, V2, assert_is_manifest, large_image, mounts, through, umount, user_namespace,
-};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use sealmount::{Algorithm, Memory, MountOptions, Rung, Step, UpperLayer, compute_digest};
+use test_support::sandboxing::{SystemCall, refuse, refuse_argument};
+use test_support::{
+    V1, V2, assert_is_manifest, large_image, mounts, sandbox, through, umount, user_namespace,
+};
 
 /// Whatever a library could disturb in a process, as text.
 fn state() -> io::Result<BTreeMap<String, String>> {
@@ -71,7 +69,7 @@ fn assert_state(expected: &BTreeMap<String, String>) {
 
 /// The descriptors that a program gets.
 fn descriptors_of_a_child() -> String {
-    common::run("ls", ["/proc/self/fd"])
+    test_support::run("ls", ["/proc/self/fd"])
 }
 
 /// Mounts, looks at what a child gets at every step and all the time, and unmounts.
@@ -165,7 +163,7 @@ fn refused(
 
 #[test]
 fn a_mount_leaves_the_process_as_it_was_and_its_children_get_nothing() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let content = large_image(32 << 20);
     let large = sandbox.file("large.cfs", &content);

@@ -1,8 +1,6 @@
 //! What others do meanwhile: many mounts at once, and files, directories and mount points that change
 //! while they are used. What can be had at one certain moment is: in a [`Step`] of the mount.
 
-mod common;
-
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -21,9 +19,9 @@ use sealmount::{
 };
 use sealmount_sys::loop_device;
 
-use common::{
+use test_support::{
     Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, large_image, loop_devices,
-    mount_at, mount_composefs, mounts, run, through, umount,
+    mount_at, mount_composefs, mounts, run, sandbox, through, umount,
 };
 
 /// Runs `work`, and `other` over and over until it is done.
@@ -64,7 +62,7 @@ const EACH: usize = 100;
 
 #[test]
 fn mounts_by_the_hundred_do_not_come_in_each_others_way() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("image.cfs");
     fs::copy(V1.image(), &image).unwrap();
     let images = [&image, &image, &image, &compressed(&sandbox, "zstd", &image)];
@@ -149,7 +147,7 @@ fn changed_when_opened(
 
 #[test]
 fn an_image_that_changes_between_opening_and_copying_is_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("changing.cfs");
     let set_size = |size| {
         let image = &image;
@@ -183,7 +181,7 @@ fn an_image_that_changes_between_opening_and_copying_is_refused() {
 
 #[test]
 fn an_image_that_is_replaced_after_opening_is_still_the_one_that_was_opened() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, other) = (sandbox.path("image.cfs"), sandbox.path("other.cfs"));
     let mount_point = sandbox.directory("mnt");
     let replace = || {
@@ -207,7 +205,7 @@ const ROUNDS: usize = 100;
 
 #[test]
 fn a_path_that_names_one_image_after_another_gives_one_of_them_whole() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (image, next) = (sandbox.path("image.cfs"), sandbox.path("next.cfs"));
     let mount_point = sandbox.directory("mnt");
     fs::copy(V1.image(), &image).unwrap();
@@ -281,7 +279,7 @@ fn copied(options: &MountOptions, image: &Path) -> Result<Vec<u8>, Error> {
 
 #[test]
 fn an_image_that_is_written_to_meanwhile_is_what_its_digest_says_or_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let images = two_images();
     let image = sandbox.file("written.cfs", &images[0]);
     let file = File::options().write(true).open(&image).unwrap();
@@ -318,7 +316,7 @@ fn an_image_that_is_written_to_meanwhile_is_what_its_digest_says_or_refused() {
 
 #[test]
 fn an_image_that_is_truncated_meanwhile_is_whole_or_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let [content, _] = two_images();
     let digest = compute_digest(Algorithm::Sha256, &content);
     let image = sandbox.file("image", &content);
@@ -366,7 +364,7 @@ fn an_image_that_is_truncated_meanwhile_is_whole_or_refused() {
 
 #[test]
 fn a_file_that_is_truncated_under_its_mount_gives_errors_and_no_crash() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("image.cfs");
     let mount_point = sandbox.directory("mnt");
     let truncate = || {
@@ -391,7 +389,7 @@ fn a_file_that_is_truncated_under_its_mount_gives_errors_and_no_crash() {
 
 #[test]
 fn object_directories_that_are_swapped_are_never_mixed() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (objects, empty) = (sandbox.directory("objects"), sandbox.directory("empty"));
     run("cp", ["-r", &format!("{}/.", V1.objects().display()), objects.to_str().unwrap()]);
     let mount_point = sandbox.directory("mnt");
@@ -424,7 +422,7 @@ fn object_directories_that_are_swapped_are_never_mixed() {
 
 #[test]
 fn a_mount_point_that_goes_away_is_an_error_and_nothing_is_left() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("image.cfs");
     fs::copy(V1.image(), &image).unwrap();
     let mount_point = sandbox.directory("mnt");
@@ -446,7 +444,7 @@ fn a_mount_point_that_goes_away_is_an_error_and_nothing_is_left() {
 
 #[test]
 fn a_mount_point_that_is_moved_or_mounted_over_is_still_the_one_that_was_opened() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (mount_point, moved) = (sandbox.directory("mnt"), sandbox.path("moved"));
     let opened = open_mount_point(&mount_point).unwrap();
     let mount = V1.options().mount(V1.image()).unwrap();
@@ -469,7 +467,7 @@ fn a_mount_point_that_is_moved_or_mounted_over_is_still_the_one_that_was_opened(
 
 #[test]
 fn a_mount_point_that_comes_and_goes_is_mounted_on_or_refused() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let remove = || {
         // Busy while it is mounted on.
@@ -481,8 +479,12 @@ fn a_mount_point_that_comes_and_goes_is_mounted_on_or_refused() {
         for _ in 0..ROUNDS {
             let options = V1.options().to_text();
             let image = V1.image();
-            let output =
-                mount_composefs([image.as_os_str(), mount_point.as_ref(), "-o".as_ref(), &options]);
+            let output = mount_composefs!([
+                image.as_os_str(),
+                mount_point.as_ref(),
+                "-o".as_ref(),
+                &options
+            ]);
             match output.status.code() {
                 Some(0) => umount(&mount_point),
                 Some(32) => {
@@ -499,7 +501,7 @@ fn a_mount_point_that_comes_and_goes_is_mounted_on_or_refused() {
 
 #[test]
 fn a_thread_with_a_mount_namespace_of_its_own_mounts_there_and_nowhere_else() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let before = format!("{:?}", mounts());
     for options in [V1.options(), copy_into(Memory::Memfd), copy_into(Memory::Ramfs)] {

@@ -1,12 +1,10 @@
 //! The helper with less private memory than it asks for: an error, never a signal, whatever it is that
 //! does not get any.
 
-mod common;
-
 use std::process::{Command, Output};
 
-use common::{Sandbox, V1, large_image, through};
 use sealmount::{Algorithm, compute_digest};
+use test_support::{V1, large_image, sandbox, through};
 
 /// Below this the process does not come as far as main(): 224 KiB if it is linked statically.
 const STARTS_WITH: usize = 448 * 1024;
@@ -14,7 +12,7 @@ const STEP: usize = 76 * 1024;
 
 #[test]
 fn too_little_memory_is_an_error_at_every_step() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let content = large_image(2 << 20);
     let digest = compute_digest(Algorithm::Sha512, &content);
     let basedir = V1.objects();

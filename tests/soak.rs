@@ -5,19 +5,17 @@
 //!
 //! docs/security.md has the figures of such a run.
 
-mod common;
-
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitCode};
 use std::time::{Duration, Instant};
 
-use common::{
-    Fixture, Sandbox, V1, V2, assert_is_manifest, assert_is_manifest_mapped, loop_devices,
-    mount_composefs, mounts, through, umount,
-};
 use sealmount::{Digest, Memory, MountOptions, UpperLayer, Verity};
+use test_support::{
+    Fixture, Sandbox, V1, V2, assert_is_manifest, assert_is_manifest_mapped, loop_devices,
+    mount_composefs, mounts, sandbox, through, umount,
+};
 
 /// How many cycles there are between two lines of figures.
 const PERIOD: usize = 1000;
@@ -97,10 +95,10 @@ struct Soak {
 
 impl Soak {
     fn new(sandbox: Sandbox) -> Soak {
-        let (user_namespace, idmap) = common::user_namespace();
+        let (user_namespace, idmap) = test_support::user_namespace();
         let objects = sandbox.tmpfs("objects on tmpfs");
         let from = format!("{}/.", V1.objects().display());
-        common::run("cp", ["-r", &from, objects.to_str().unwrap()]);
+        test_support::run("cp", ["-r", &from, objects.to_str().unwrap()]);
         let image = |name: &str, content: &[u8]| sandbox.file(&format!("soak {name}"), content);
         let content = fs::read(V1.image()).unwrap();
         let v1 = image("v1", &content);
@@ -197,7 +195,7 @@ impl Soak {
 fn by_helper(mode: &Mode, mount_point: &Path) -> Result<(), String> {
     let text = mode.options.to_text();
     let output =
-        mount_composefs([mode.image.as_os_str(), mount_point.as_os_str(), "-o".as_ref(), &text]);
+        mount_composefs!([mode.image.as_os_str(), mount_point.as_os_str(), "-o".as_ref(), &text]);
     match output.status.success() {
         true => Ok(()),
         false => Err(String::from_utf8(output.stderr).unwrap()),
@@ -212,7 +210,7 @@ fn report(cycle: usize, figures: [u64; FIGURES.len()]) {
 
 fn main() -> ExitCode {
     let cycles = std::env::args().nth(1).map_or(1000, |cycles| cycles.parse().unwrap());
-    let Some(sandbox) = Sandbox::new() else { return ExitCode::SUCCESS };
+    let Some(sandbox) = sandbox!() else { return ExitCode::SUCCESS };
     let soak = Soak::new(sandbox);
     println!("cycle\t{}", FIGURES.map(|figure| figure.name).join("\t"));
     (0..WARM_UP).for_each(|number| soak.cycle(number));

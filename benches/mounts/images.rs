@@ -8,9 +8,9 @@ use rustix::fs::{Advice, fadvise};
 use sealmount::{Algorithm, Digest, compute_digest};
 
 use crate::Bench;
-use crate::common::V1;
 use crate::programs::Program;
 use crate::timing::Random;
+use test_support::V1;
 
 pub const MIB: usize = 1024 * 1024;
 

@@ -6,8 +6,6 @@
 
 mod anonymous;
 mod chart;
-#[path = "../../tests/common/mod.rs"]
-mod common;
 mod digests;
 mod images;
 mod measures;
@@ -24,10 +22,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use common::Sandbox;
 use images::{Image, MIB};
 use programs::{Program, Programs};
 use report::Report;
+use test_support::{Sandbox, sandbox};
 use timing::Effort;
 
 /// What everything that is measured needs.
@@ -49,7 +47,7 @@ impl Bench {
     }
 
     fn unmount(&self) {
-        common::umount(&self.mnt);
+        test_support::umount(&self.mnt);
     }
 
     /// Runs something that takes memory for as long as it lasts: right before it so much is free, and
@@ -123,7 +121,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let start = Instant::now();
     let quick = std::env::var_os("SEALMOUNT_BENCH_QUICK").is_some();
-    let Some(sandbox) = Sandbox::new() else { return Ok(()) };
+    let Some(sandbox) = sandbox!() else { return Ok(()) };
     let bench = Bench {
         effort: if quick { Effort::QUICK } else { Effort::FULL },
         programs: Programs::find(),
@@ -132,7 +130,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ramfs: sandbox.directory("ramfs"),
         sandbox,
     };
-    common::run("mount", ["-t", "ramfs", "ramfs", bench.ramfs.to_str().unwrap()]);
+    test_support::run("mount", ["-t", "ramfs", "ramfs", bench.ramfs.to_str().unwrap()]);
 
     let mut report = Report::new(&bench.programs.versions);
     digests::measure(&bench, &mut report);

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::Bench;
-use crate::common::{V1, run};
 use crate::images::{Image, MIB};
 use crate::report::{Report, Table};
 use crate::timing::Samples;
+use test_support::{V1, run};
 
 /// `SEALMOUNT_BENCH_IMAGE` names a real image to walk, maybe compressed with zstd.
 const IMAGE: &str = "SEALMOUNT_BENCH_IMAGE";

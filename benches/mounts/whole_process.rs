@@ -4,12 +4,12 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::common::V1;
 use crate::images::{Image, MIB, make_cold};
 use crate::programs::Program;
 use crate::report::{Report, Table};
 use crate::timing::{Case, alternate, whole_process};
 use crate::{Bench, SIZES, Taken, digests};
+use test_support::V1;
 
 pub const PLAIN: &str = "plain mount";
 pub const PLAIN_DYNAMIC: &str = "plain mount, not static";

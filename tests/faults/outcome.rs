@@ -8,14 +8,13 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::signal::Signal;
-
-use super::common::{
-    assert_is_manifest, assert_is_manifest_mapped, loop_devices, mount_at, mounts, umount,
-    visible::Mount,
+use test_support::tracer::End;
+use test_support::{
+    Mount, assert_is_manifest, assert_is_manifest_mapped, loop_devices, mount_at, mounts, umount,
 };
+
+use super::fault::{FOR_EVER, Fault, Recorded};
 use super::scenarios::{Expected, Place, Scenario};
-use super::tracer::End;
-use super::{FOR_EVER, Fault, Recorded};
 
 /// What may come of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

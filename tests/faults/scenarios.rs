@@ -6,10 +6,9 @@ use std::process::{Child, Command};
 
 use nix::errno::Errno;
 use nix::libc;
-
-use super::common::{Sandbox, V1, V2, large_image, user_namespace};
-use super::tracer::{Action, Call};
 use sealmount::{Algorithm, compute_digest};
+use test_support::tracer::{Action, Call};
+use test_support::{Sandbox, V1, V2, large_image, sandbox, user_namespace};
 
 /// A way to call the helper.
 pub struct Scenario {
@@ -57,7 +56,7 @@ pub struct Place {
 
 impl Place {
     pub fn new(scenario: &Scenario) -> Option<Place> {
-        let sandbox = Sandbox::new()?;
+        let sandbox = sandbox!()?;
         for directory in ["mnt", "upper", "work", "empty"] {
             sandbox.directory(directory);
         }

@@ -21,8 +21,6 @@ mod faults;
 mod fixtures;
 mod init;
 mod injected;
-#[path = "../../tests/common/manifest.rs"]
-mod manifest;
 mod missing;
 mod mounted;
 mod objects;
@@ -32,13 +30,8 @@ mod probe;
 mod rungs;
 mod swap;
 mod system;
-#[path = "../../tests/faults/tracer.rs"]
-#[allow(dead_code)] // tests/faults.rs uses more of it.
-mod tracer;
 mod trees;
 mod verity;
-#[path = "../../tests/common/visible.rs"]
-mod visible;
 
 use crate::scenario::{Format, Scenario};
 use crate::{Context, Error};

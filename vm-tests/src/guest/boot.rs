@@ -8,7 +8,6 @@
 mod init;
 
 use super::system::HELPER;
-use super::visible::{loop_devices, mount_at};
 use super::{Guest, probe, read};
 use crate::host::Lab;
 use crate::host::composefs::{Node, image, object_path};
@@ -19,6 +18,7 @@ use sealmount::{Algorithm, Digest, compute_digest};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
+use test_support::mountinfo::{loop_devices, mount_at};
 
 pub use init::main;
 

@@ -2,7 +2,6 @@
 
 use super::fixtures::{self, V1};
 use super::mounted::{self, with_copy};
-use super::visible::mount_at;
 use super::{Guest, basics::STANDARD, probe};
 use crate::scenario::Scenario;
 use crate::{Context, Error};
@@ -10,6 +9,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_get_seals, memfd_create};
 use sealmount::{Errno, Memory, MountAttributes, MountOptions, Step};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use test_support::mountinfo::mount_at;
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -1,6 +1,5 @@
 //! The images that the scenarios mount, and what they need besides.
 
-use super::manifest::{V1_DIGEST, V2_DIGEST};
 use super::{Guest, read};
 use crate::host::{Lab, copy_tree};
 use crate::scenario::Format;
@@ -14,6 +13,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use test_support::manifest::{V1_DIGEST, V2_DIGEST};
 
 /// One of the two bundled images, below whatever directory its tree was copied to.
 #[derive(Debug)]

@@ -1,13 +1,10 @@
 //! With real fs-verity: a system call that fails never ends in a mount that enforces less.
-//! tests/faults.rs has the other faults, and the other outcomes.
+//! tests/faults has the other faults, and the other outcomes.
 
 use super::fixtures::{self, Fixture, HELPER, V1, V2};
 use super::init::STOP_AND_EXECUTE;
-use super::manifest::{ROOT, assert_is_manifest, assert_root_is};
 use super::mounted::{TREE, Traces};
-use super::tracer::{self, Action, Call, Decision, End};
 use super::verity::{assert_only_harmed, can_verify, contents};
-use super::visible::mount_at;
 use super::{Guest, basics::STANDARD, probe};
 use crate::Error;
 use crate::scenario::Scenario;
@@ -19,6 +16,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
+use test_support::manifest::{ROOT, assert_is_manifest, assert_root_is};
+use test_support::mountinfo::mount_at;
+use test_support::tracer::{self, Action, Call, Decision, End};
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -2,9 +2,7 @@
 //! ends in an error that says what is missing, or is worked around.
 
 use super::fixtures::{self, Fixture, V1, V2};
-use super::manifest::{ROOT, assert_is_manifest, assert_root_is};
 use super::system::{HELPER, SOLITARY, helper, no_loop_devices, refused, succeeded, unload};
-use super::visible::mounts;
 use super::{Guest, probe};
 use crate::scenario::{Machine, Scenario};
 use crate::{Context, Error};
@@ -15,6 +13,8 @@ use sealmount::{Memory, MountOptions, Rung, Step, Verity};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use test_support::manifest::{ROOT, assert_is_manifest, assert_root_is};
+use test_support::mountinfo::mounts;
 
 pub const SCENARIOS: &[Scenario] = &[
     scenario("missing_proc", missing_proc),

@@ -1,8 +1,6 @@
 //! A mount as the scenarios look at it, and what a mount that is gone or was refused must not leave.
 
 use super::fixtures::{Fixture, HELPER, V2};
-use super::manifest::{ROOT, assert_has_hard_link, assert_is_manifest, assert_root_is};
-use super::visible::{self, Mount};
 use crate::{Context, Error};
 use rustix::mount::{UnmountFlags, unmount};
 use sealmount::{Digest, Memory, MountOptions, ObjectVerity, Step, VerifiedBy, Verity};
@@ -10,6 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
+use test_support::manifest::{ROOT, assert_has_hard_link, assert_is_manifest, assert_root_is};
+use test_support::mountinfo::{self, Mount};
 
 /// Where they are mounted, if one is enough.
 pub const TREE: &str = "/tree";
@@ -124,8 +124,8 @@ pub struct Traces {
 impl Traces {
     pub fn now() -> Result<Traces, Error> {
         Ok(Traces {
-            mounts: visible::mounts(),
-            loop_devices: visible::loop_devices(""),
+            mounts: mountinfo::mounts(),
+            loop_devices: mountinfo::loop_devices(""),
             open_files: fs::read_dir("/proc/self/fd")?.count(),
         })
     }

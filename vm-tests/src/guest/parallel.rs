@@ -2,9 +2,7 @@
 //! EROFS mounts no file of.
 
 use super::fixtures::V1;
-use super::manifest::assert_is_manifest;
 use super::system::{HELPER, SOLITARY, no_loop_devices, unload};
-use super::visible::{loop_devices, mounts};
 use super::{Guest, probe, system};
 use crate::scenario::Scenario;
 use crate::{Context, Error};
@@ -19,6 +17,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
+use test_support::manifest::assert_is_manifest;
+use test_support::mountinfo::{loop_devices, mounts};
 
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "parallel_mounts",

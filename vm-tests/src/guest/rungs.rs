@@ -3,7 +3,6 @@
 
 use super::fixtures::{self, V1};
 use super::mounted::{self, TREE, Traces, with_copy, with_verity};
-use super::visible::mount_at;
 use super::{Guest, basics::STANDARD, probe, verity::can_verify};
 use crate::Error;
 use crate::host::{copy, copy_tree};
@@ -14,6 +13,7 @@ use sealmount::{
 };
 use std::fs;
 use std::path::{Path, PathBuf};
+use test_support::mountinfo::mount_at;
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -3,7 +3,6 @@
 
 use super::Guest;
 use super::fixtures::V1;
-use super::manifest::assert_is_manifest;
 use super::system::{SOLITARY, helper, meminfo, no_loop_devices, succeeded};
 use crate::scenario::Scenario;
 use crate::{Context, Error};
@@ -16,6 +15,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use test_support::manifest::assert_is_manifest;
 
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "swap_takes_the_memfd",

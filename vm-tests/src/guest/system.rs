@@ -1,6 +1,5 @@
 //! What can be seen of the running system.
 
-use super::visible::loop_devices;
 use super::{first_stage, fixtures, read};
 use crate::scenario::{Disk, Format, Machine};
 use crate::{Context, Error};
@@ -10,6 +9,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
+use test_support::mountinfo::loop_devices;
 
 /// Where the machines have the helper that have it.
 pub const HELPER: &str = "/sbin/mount.composefs";

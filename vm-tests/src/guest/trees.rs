@@ -1,9 +1,6 @@
 //! That the tree of both formats is the manifest's, however it is mounted.
 
 use super::fixtures::{self, Fixture, V1, V2};
-use super::manifest::{
-    ROOT, Root, assert_has_hard_link, assert_is_manifest_mapped, assert_root_is,
-};
 use super::mounted::{self, TREE, Traces};
 use super::{Guest, basics::STANDARD, probe};
 use crate::Error;
@@ -11,6 +8,9 @@ use crate::scenario::Scenario;
 use sealmount::{Errno, Memory, MountOptions, Operation, UpperLayer};
 use std::fs;
 use std::path::{Path, PathBuf};
+use test_support::manifest::{
+    ROOT, Root, assert_has_hard_link, assert_is_manifest_mapped, assert_root_is,
+};
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -332,7 +332,7 @@ fn helper(guest: &mut Guest) -> Result<(), Error> {
         let options = format!("{basedir},{options}");
         let (status, text) = mounted::mount_with_helper(&image, &["-v", "-o", &options])?;
         if status == Some(0) {
-            super::manifest::assert_is_manifest(Path::new(TREE));
+            test_support::manifest::assert_is_manifest(Path::new(TREE));
             unmount(TREE, UnmountFlags::empty())?;
         }
         before.assert_same_now()?;

@@ -1,8 +1,6 @@
 //! Answers that are not the kernel's, and names that lead to what somebody else has put there: none of
 //! them gets anything mounted but what was verified.
 
-mod common;
-#[path = "deceived/fuse.rs"]
 mod fuse;
 
 use std::fs::{self, File, OpenOptions};
@@ -10,13 +8,13 @@ use std::os::unix::fs::{FileExt, symlink};
 use std::path::Path;
 use std::process::Output;
 
-use common::{
-    Fixture, Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, mount_at, mount_composefs,
-    run, umount,
-};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
 use sealmount::{Digest, Error, Memory, MountOptions, NotVerity, Rung, Step, VerifiedBy, Verity};
+use test_support::{
+    Fixture, V1, V2, assert_is_manifest, assert_no_loop_device, mount_at, mount_composefs, run,
+    sandbox, umount,
+};
 
 const MODES: [Option<Memory>; 3] = [None, Some(Memory::Memfd), Some(Memory::Ramfs)];
 
@@ -39,7 +37,7 @@ fn verified(fixture: &Fixture, copy: Option<Memory>) -> MountOptions {
 /// The server of a FUSE file system is asked for the digest of a file, and may be anyone's program.
 #[test]
 fn a_fuse_server_does_not_vouch_for_an_image() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let Digest::Sha256(digest) = V1.digest() else { unreachable!() };
     let place = sandbox.directory("fuse");
     let content = other_image();
@@ -63,7 +61,7 @@ fn a_fuse_server_does_not_vouch_for_an_image() {
 /// Nor for objects.
 #[test]
 fn a_fuse_server_does_not_vouch_for_objects() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let objects = sandbox.directory("objects");
     let prefix = sandbox.directory("objects/ab");
     let server = fuse::serve(&prefix, "object", vec![0; 100], [0; 32]);
@@ -87,7 +85,7 @@ fn with_something_on(
 ) -> Output {
     mount_bind(something, directory).unwrap();
     let output = std::panic::catch_unwind(|| {
-        mount_composefs([
+        mount_composefs!([
             image.as_os_str(),
             mount_point.as_os_str(),
             "-v".as_ref(),
@@ -102,7 +100,7 @@ fn with_something_on(
 /// `/proc/self/fd/N` is whatever lies at /proc, which is somebody else's with `-N` and in a chroot.
 #[test]
 fn what_lies_at_proc_is_not_asked_for_a_descriptor() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let proc = sandbox.directory("proc");
     let other = sandbox.file("other.cfs", &other_image());
@@ -133,7 +131,7 @@ fn what_lies_at_proc_is_not_asked_for_a_descriptor() {
 /// Without anything at /proc nothing is missing.
 #[test]
 fn without_proc_everything_is_mounted_in_the_same_way() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let (mount_point, empty) = (sandbox.directory("mnt"), sandbox.directory("empty"));
     let said = |empty: &Path, on: &str| {
         let options = V1.options();
@@ -151,7 +149,7 @@ fn without_proc_everything_is_mounted_in_the_same_way() {
 /// What has the name of a loop device must be one.
 #[test]
 fn what_lies_at_dev_is_no_loop_device() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let dev = sandbox.directory("dev");
     let control = sandbox.file("dev/loop-control", b"");
@@ -170,7 +168,7 @@ fn what_lies_at_dev_is_no_loop_device() {
         }
         let options = verified(&V1, Some(Memory::Memfd));
         rustix::mount::mount_bind_recursive(&dev, "/dev").unwrap();
-        let output = mount_composefs([
+        let output = mount_composefs!([
             image.as_os_str(),
             mount_point.as_os_str(),
             "-o".as_ref(),
@@ -188,7 +186,7 @@ fn what_lies_at_dev_is_no_loop_device() {
 /// What the header says is taken from what was verified, not from what was read before.
 #[test]
 fn a_header_that_was_another_one_at_first_counts_for_nothing() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     for copy in [Some(Memory::Memfd), Some(Memory::Ramfs)] {
         let mut image = fs::read(V1.image()).unwrap();
@@ -219,7 +217,7 @@ fn a_header_that_was_another_one_at_first_counts_for_nothing() {
 /// A chroot whose root is a directory like any other, on kernels that take no layers by descriptor.
 #[test]
 fn in_a_chroot_layers_are_attached_too() {
-    let Some(sandbox) = Sandbox::new() else { return };
+    let Some(sandbox) = sandbox!() else { return };
     let root = sandbox.directory("root");
     mount_bind("/dev", sandbox.directory("root/dev")).unwrap();
     for fixture in [&V1, &V2] {
@@ -235,7 +233,12 @@ fn in_a_chroot_layers_are_attached_too() {
             sealmount_sys::unshare_working_directory().unwrap();
             rustix::process::chroot(&root).unwrap();
             rustix::process::chdir("/").unwrap();
-            common::refusals::refuse_argument(libc::SYS_fsconfig, 1, FSCONFIG_SET_FD, Errno::BADF);
+            test_support::sandboxing::refuse_argument(
+                libc::SYS_fsconfig,
+                1,
+                FSCONFIG_SET_FD,
+                Errno::BADF,
+            );
             for fixture in [&V1, &V2] {
                 let place = Path::new("/").join(fixture.digest);
                 let mut options = verified(fixture, Some(Memory::Memfd));

@@ -1,7 +1,8 @@
-//! What can be seen of mounts and loop devices. The tests of the virtual machines use this file too.
+//! The mounts and the loop devices of the running kernel.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A line of /proc/thread-self/mountinfo.
 #[derive(Debug, PartialEq)]
@@ -55,4 +56,15 @@ pub fn loop_devices(text: &str) -> Vec<String> {
         })
         .filter(|backing_file| backing_file.contains(text))
         .collect()
+}
+
+/// The kernel lets go of a loop device a moment after the last use.
+pub fn assert_no_loop_device(text: &str) {
+    for _ in 0..200 {
+        if loop_devices(text).is_empty() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("still in use: {:?}", loop_devices(text));
 }

@@ -1,5 +1,4 @@
-//! The tree that the two bundled images show, and the comparison with a mounted one. The tests of
-//! the virtual machines use this file too.
+//! The tree that the two bundled images show, and the comparison with a mounted one.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -31,7 +30,7 @@ struct Entry {
 
 fn manifest() -> BTreeMap<PathBuf, Entry> {
     let json: serde_json::Value =
-        serde_json::from_str(include_str!("../images/manifest.json")).unwrap();
+        serde_json::from_str(include_str!("../../images/manifest.json")).unwrap();
     let number = |value: &serde_json::Value| value.as_u64().unwrap();
     let text = |value: &serde_json::Value| value.as_str().unwrap().to_owned();
     let entry = |value: &serde_json::Value| Entry {

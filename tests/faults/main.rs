@@ -2,23 +2,15 @@
 //! docs/faults.md says what is injected, and what may come of it.
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-compile_error!(
-    "tests/faults.rs knows the registers of x86_64 alone: leave it out with --lib --bins"
-);
+compile_error!("tests/faults knows the registers of x86_64 alone: leave it out with --lib --bins");
 
-#[path = "faults/calls.rs"]
 mod calls;
-mod common;
-#[path = "faults/outcome.rs"]
+mod fault;
 mod outcome;
-#[path = "faults/scenarios.rs"]
 mod scenarios;
-#[path = "faults/tracer.rs"]
-mod tracer;
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -27,83 +19,19 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::signal::Signal;
+use test_support::tracer::{self, Action, Call, Decision, End};
+use test_support::{mount_at, umount};
 
-use calls::SystemCall;
-use common::{mount_at, umount};
+use fault::{Fault, Piece, Recorded};
 use outcome::{Memory, Outcome, Row, Witness};
 use scenarios::{Expected, Place, SCENARIOS, Scenario, is_measurement};
-use tracer::{Action, Call, Decision, End};
 
 /// A run without a fault takes some milliseconds; one that tries a thousand loop devices, seconds.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
 
-/// A call that was made to fail so often in one run is taken to be retried for ever.
-const FOR_EVER: usize = 5000;
-
 /// Where there are threads, not every run makes the calls of the one that was recorded. In so many of a
 /// hundred.
 const NOT_REACHED_MAX: usize = 3;
-
-/// A system call of a run without a fault.
-struct Recorded {
-    call: &'static SystemCall,
-    nth: usize,
-    length: u64,
-    /// The key of fsconfig(2), and whether it is the command that makes a superblock.
-    key: Option<String>,
-    is_create: bool,
-    /// In a row of calls that differ in nothing that matters.
-    is_one_of_many: bool,
-    /// Before the helper's own code: the dynamic loader, the C library, Rust's runtime.
-    is_start: bool,
-    /// Finds out how much memory there is.
-    is_about_machine: bool,
-    /// `fcntl(F_GETFD)`, by which std checks descriptors in debug builds, and in these alone.
-    is_debug_check: bool,
-}
-
-/// What goes wrong in a run. A call is told by its number and how many of that number came before:
-/// where there are threads, that is steadier than its place among all.
-#[derive(Clone, Copy, Debug)]
-enum Fault {
-    None,
-    Errno {
-        number: i64,
-        nth: usize,
-        errno: Errno,
-    },
-    /// That call and all later ones of its kind.
-    ForEver {
-        number: i64,
-        nth: usize,
-        errno: Errno,
-    },
-    /// As many bytes are read or written, and no more.
-    Short {
-        number: i64,
-        nth: usize,
-        length: u64,
-    },
-    /// That call and all later ones of its kind read or write in pieces.
-    ShortForEver {
-        number: i64,
-        nth: usize,
-        piece: Piece,
-    },
-    /// Before that call.
-    Signal {
-        number: i64,
-        nth: usize,
-        signal: Signal,
-    },
-}
-
-/// How much a read or write that is cut short does.
-#[derive(Clone, Copy, Debug)]
-enum Piece {
-    Half,
-    Bytes(u64),
-}
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
@@ -148,7 +76,7 @@ fn main() -> ExitCode {
     conclusion.exit_code()
 }
 
-/// Runs a scenario with every fault. `None`: skipped, which [`common::Sandbox`] decides.
+/// Runs a scenario with every fault. `None`: skipped, which [`test_support::Sandbox`] decides.
 fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
     let place = Place::new(scenario)?;
     let arguments = (scenario.arguments)(&place);
@@ -226,38 +154,6 @@ fn trace(
     tracer::run(command, TIME_LIMIT, decide)
 }
 
-impl Recorded {
-    fn new(call: &Call, arguments: &[String], previous: Option<&Recorded>) -> Recorded {
-        let file = match call.number {
-            libc::SYS_openat | libc::SYS_statx => call.text(1).filter(|path| !path.is_empty()),
-            _ => None,
-        };
-        let file = file.map(PathBuf::from).or_else(|| call.file(0)).unwrap_or_default();
-        let is_argument = || call.text(1).is_some_and(|path| arguments.contains(&path));
-        let was_start = previous.is_none_or(|previous| previous.is_start);
-        Recorded {
-            call: SystemCall::of(call.number),
-            nth: call.nth,
-            length: call.arguments[2],
-            key: (call.number == libc::SYS_fsconfig).then(|| call.text(2)).flatten(),
-            is_create: call.number == libc::SYS_fsconfig
-                && call.arguments[1] == scenarios::FSCONFIG_CMD_CREATE,
-            is_one_of_many: false,
-            // The first thing that the helper does is to open what its arguments name.
-            is_start: was_start && !(call.number == libc::SYS_openat && is_argument()),
-            is_about_machine: file == Path::new("/proc/meminfo"),
-            is_debug_check: call.number == libc::SYS_fcntl
-                && call.arguments[1] == libc::F_GETFD as u64,
-        }
-    }
-
-    /// No program outlives that it cannot be loaded, that it gets no memory, or that its C library
-    /// gives up.
-    fn may_die(&self) -> bool {
-        self.is_start || self.call.is_of_memory() || self.call.is_of_threads()
-    }
-}
-
 /// A whiteout for each of 256 names, and a file of /proc in pieces: of such a row of calls, all but the
 /// first two and the last are one of many.
 fn mark_many(record: &mut [Recorded]) {
@@ -330,59 +226,6 @@ fn faults<'a>(
         }
     }
     faults
-}
-
-impl Fault {
-    /// Only one call is made to fail.
-    fn is_single(self) -> bool {
-        !matches!(self, Fault::ForEver { .. } | Fault::ShortForEver { .. })
-    }
-
-    /// What a kernel does without anything being wrong: some bytes are read or written, if not all.
-    fn is_harmless(self) -> bool {
-        matches!(self, Fault::Short { length: 1.., .. } | Fault::ShortForEver { .. })
-    }
-
-    /// What becomes of a call; `injected` counts those that are not simply made.
-    fn action(self, call: &Call, injected: &mut usize) -> Action {
-        let is_this = |number, nth| (call.number, call.nth) == (number, nth);
-        let action = match self {
-            // In another run than the recorded one, this place may be that of another operation.
-            Fault::Errno { .. } | Fault::ForEver { .. } if is_wake(call) => return Action::Proceed,
-            Fault::Errno { number, nth, errno } if is_this(number, nth) => Action::Fail(errno),
-            Fault::Short { number, nth, length } if is_this(number, nth) => Action::Shorten(length),
-            Fault::ShortForEver { number, nth, piece }
-                if call.number == number && call.nth >= nth =>
-            {
-                match piece {
-                    Piece::Half => Action::Shorten((call.arguments[2] / 2).max(1)),
-                    Piece::Bytes(bytes) if bytes < call.arguments[2] => Action::Shorten(bytes),
-                    Piece::Bytes(_) => return Action::Proceed,
-                }
-            }
-            Fault::Signal { number, nth, signal } if is_this(number, nth) => Action::Signal(signal),
-            Fault::ForEver { number, nth, errno } if call.number == number && call.nth >= nth => {
-                match *injected {
-                    FOR_EVER => Action::Signal(Signal::SIGTERM),
-                    _ => Action::Fail(errno),
-                }
-            }
-            // Four seconds of waiting for loop devices: not in each of these.
-            Fault::ForEver { .. } if call.number == libc::SYS_clock_nanosleep => {
-                return Action::Answer(0, Vec::new());
-            }
-            _ => return Action::Proceed,
-        };
-        *injected += 1;
-        action
-    }
-}
-
-/// FUTEX_WAKE has no error to return, and the C library does not look for one: a call that was not made
-/// leaves its waiter asleep for good, whatever the helper does.
-fn is_wake(call: &Call) -> bool {
-    let operation = (call.arguments[1] as i32) & libc::FUTEX_CMD_MASK;
-    call.number == libc::SYS_futex && operation == libc::FUTEX_WAKE
 }
 
 /// Whether a call makes a name where it could be left behind: by an absolute path. Of the others, the

@@ -1,0 +1,44 @@
+//! Shares what several test suites and the benchmarks need: sandboxes with a mount namespace, the
+//! bundled images and their manifest, the mount table, denied permissions, and a tracer.
+#![forbid(unsafe_code)]
+
+#[cfg(feature = "sandbox")]
+pub mod fixtures;
+pub mod manifest;
+pub mod mountinfo;
+pub mod programs;
+#[cfg(feature = "sandbox")]
+pub mod sandbox;
+#[cfg(feature = "sandboxing")]
+pub mod sandboxing;
+#[cfg(feature = "tracer")]
+pub mod tracer;
+
+#[cfg(feature = "sandbox")]
+pub use fixtures::{Fixture, V1, V2, large_image};
+pub use manifest::{assert_has_hard_link, assert_is_manifest, assert_is_manifest_mapped};
+pub use mountinfo::{Mount, assert_no_loop_device, loop_devices, mount_at, mounts};
+pub use programs::{run, through, umount, umount_8, user_namespace};
+#[cfg(feature = "sandbox")]
+pub use sandbox::Sandbox;
+
+/// Makes a [`Sandbox`] in the directory for temporary files that cargo gives to integration tests and
+/// benchmarks. `None` if the test is to be skipped.
+#[cfg(feature = "sandbox")]
+#[macro_export]
+macro_rules! sandbox {
+    () => {
+        $crate::Sandbox::new(env!("CARGO_TARGET_TMPDIR").as_ref())
+    };
+}
+
+/// Runs the mount helper of the calling package with these arguments; returns its output.
+#[macro_export]
+macro_rules! mount_composefs {
+    ($arguments:expr) => {
+        std::process::Command::new(env!("CARGO_BIN_EXE_mount-composefs"))
+            .args($arguments)
+            .output()
+            .unwrap()
+    };
+}

@@ -1,0 +1,83 @@
+//! Programs that the tests run, and what they do for the tests.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
+
+/// Runs a program that must succeed; returns what it printed.
+pub fn run<S: AsRef<OsStr>>(
+    program: impl AsRef<OsStr>,
+    arguments: impl IntoIterator<Item = S>,
+) -> String {
+    let mut command = Command::new(program);
+    let output = command.args(arguments).output();
+    let output = output.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Unmounts what nobody uses. A process that another test is starting at this moment holds, until it
+/// executes its program, a copy of every descriptor there is.
+pub fn umount(mount_point: &Path) {
+    for _ in 0..500 {
+        match unmount(mount_point, UnmountFlags::empty()) {
+            Err(Errno::BUSY) => std::thread::sleep(Duration::from_millis(20)),
+            result => return result.unwrap(),
+        }
+    }
+    panic!("{} is in use", mount_point.display());
+}
+
+/// The same with umount(8), which may be given a mount's source too.
+pub fn umount_8(target: &Path) {
+    for _ in 0..500 {
+        let output = Command::new("umount").arg(target).env("LC_ALL", "C").output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        if !message.contains("target is busy") {
+            assert!(output.status.success(), "umount {}: {output:?}", target.display());
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("{} is in use", target.display());
+}
+
+/// What a program makes of these bytes.
+pub fn through(program: &[&str], input: &[u8]) -> Vec<u8> {
+    let mut child = Command::new(program[0])
+        .args(&program[1..])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{}: {error}", program[0]));
+    let mut stdin = child.stdin.take().unwrap();
+    let output = std::thread::scope(|scope| {
+        scope.spawn(move || stdin.write_all(input).unwrap());
+        child.wait_with_output().unwrap()
+    });
+    assert!(output.status.success());
+    output.stdout
+}
+
+/// A user namespace that maps 0 to 100000 and so on, and the process that holds it until its
+/// standard input is closed.
+pub fn user_namespace() -> (Child, String) {
+    let mut process = Command::new("unshare")
+        .args(["--user", "sh", "-c", "echo; read line"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    process.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    for map in ["uid_map", "gid_map"] {
+        fs::write(format!("/proc/{}/{map}", process.id()), "0 100000 65536").unwrap();
+    }
+    let namespace = format!("/proc/{}/ns/user", process.id());
+    (process, namespace)
+}

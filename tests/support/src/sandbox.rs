@@ -1,0 +1,71 @@
+//! A mount namespace and a directory for each test with real mounts.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{UnmountFlags, unmount};
+
+use crate::mountinfo::mounts;
+use crate::programs::run;
+
+/// Setting this variable lets the tests that need root pass without running.
+const SKIP: &str = "SEALMOUNT_SKIP_ROOT_TESTS";
+
+/// A directory, and a mount namespace for this thread and the processes that it starts.
+pub struct Sandbox {
+    directory: tempfile::TempDir,
+}
+
+impl Sandbox {
+    /// Makes a sandbox with a new directory in `parent`. `None`: skipped, because the variable above
+    /// allows it.
+    pub fn new(parent: &Path) -> Option<Sandbox> {
+        if !rustix::process::geteuid().is_root() {
+            assert!(
+                std::env::var_os(SKIP).is_some(),
+                "this test mounts, which takes root: run it as root, or set {SKIP} to skip it",
+            );
+            return None;
+        }
+        sealmount_sys::unshare_mount_namespace().unwrap();
+        sealmount_sys::mount_setattr_private().unwrap();
+        let directory = tempfile::tempdir_in(parent).unwrap();
+        Some(Sandbox { directory })
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A new empty directory.
+    pub fn directory(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir(&path).unwrap();
+        path
+    }
+
+    /// A file of this content.
+    pub fn file(&self, name: &str, content: &[u8]) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// A new file system in memory.
+    pub fn tmpfs(&self, name: &str) -> PathBuf {
+        let path = self.directory(name);
+        run("mount", ["-t", "tmpfs", "tmpfs", path.to_str().unwrap()]);
+        path
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        // What the test left mounted, the last one first.
+        for mount in mounts().iter().rev() {
+            if mount.mount_point.starts_with(self.directory.path()) {
+                let _ = unmount(&mount.mount_point, UnmountFlags::DETACH);
+            }
+        }
+    }
+}
