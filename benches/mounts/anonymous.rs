@@ -3,11 +3,12 @@
 use std::fs;
 use std::process::{Command, Stdio};
 
-use crate::images::{GZIP_WINDOW, Image, MIB, XZ_WINDOW, ZSTD_WINDOW};
+use crate::bench::Bench;
+use crate::images::{GZIP_WINDOW, Image, XZ_WINDOW, ZSTD_WINDOW};
 use crate::report::{Report, Table};
+use crate::sizes::{MIB, SIZES};
 use crate::timing::{Effort, Samples};
 use crate::whole_process::copy_options;
-use crate::{Bench, SIZES};
 
 /// What is copied, and the window that its decoder has to keep, in bytes.
 pub const FORMATS: [(&str, usize); 4] =

@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 
-use crate::images::MIB;
 use crate::report::Report;
-use crate::{SIZES, whole_process as whole};
+use crate::sizes::{MIB, SIZES};
+use crate::whole_process as whole;
 
 const LINES: [(&str, &str); 8] = [
     (whole::PIPELINE, "#c0392b"),

@@ -14,7 +14,8 @@ use sealmount::{Algorithm, Digest, compute_digest};
 use sealmount_sys::sha256::hash_two_blocks;
 use sha2::{Digest as _, Sha256};
 
-use crate::Bench;
+use crate::bench::Bench;
+use crate::machine::cores;
 use crate::programs::Program;
 use crate::report::{Report, Table};
 use crate::timing::{Case, alternate};
@@ -119,10 +120,6 @@ fn on_all_cores<T: Send>(work: impl Fn() -> T + Sync) -> Vec<T> {
         done.extend(others.into_iter().map(|thread| thread.join().unwrap()));
         done
     })
-}
-
-pub fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 pub fn measure(bench: &Bench, report: &mut Report) {

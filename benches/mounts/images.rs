@@ -6,13 +6,12 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Advice, fadvise};
 use sealmount::{Algorithm, Digest, compute_digest};
-
-use crate::Bench;
-use crate::programs::Program;
-use crate::timing::Random;
 use test_support::V1;
 
-pub const MIB: usize = 1024 * 1024;
+use crate::bench::Bench;
+use crate::programs::Program;
+use crate::sizes::MIB;
+use crate::timing::Random;
 
 /// The window of what the programs make, of which a decoder keeps as much: zstd's by default, xz's by
 /// default, and gzip's, which knows but one.

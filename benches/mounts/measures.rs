@@ -1,10 +1,10 @@
 //! What the project has set itself, and what was found.
 
-use crate::images::MIB;
 use crate::report::{Report, Table};
+use crate::sizes::{MEASURED_SIZE, MIB};
 use crate::timing::Samples;
 use crate::whole_process::{self as whole, GROWTH, GROWTH_GROUP, of_size};
-use crate::{MEASURED_SIZE, anonymous, digests, memory};
+use crate::{anonymous, digests, memory};
 
 enum Limit {
     AtMost(f64),

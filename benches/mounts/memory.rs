@@ -1,16 +1,17 @@
 //! What a mounted copy takes of memory.
 
-use std::collections::HashMap;
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use crate::Bench;
-use crate::images::{Image, MIB};
-use crate::report::{Report, Table};
-use crate::timing::Samples;
 use test_support::{V1, run};
+
+use crate::bench::Bench;
+use crate::images::Image;
+use crate::machine::MemInfo;
+use crate::report::{Report, Table};
+use crate::sizes::MIB;
+use crate::timing::Samples;
 
 /// `SEALMOUNT_BENCH_IMAGE` names a real image to walk, maybe compressed with zstd.
 const IMAGE: &str = "SEALMOUNT_BENCH_IMAGE";
@@ -27,60 +28,15 @@ const PAGE_CACHE: usize = 3;
 /// The group of figures of what an image takes, as a part of its size.
 pub const OF_IMAGE: &str = "memory, of the image";
 
-/// /proc/meminfo, in bytes.
-pub struct MemInfo(HashMap<String, u64>);
-
-impl MemInfo {
-    pub fn read() -> MemInfo {
-        let text = fs::read_to_string("/proc/meminfo").unwrap();
-        let parse = |line: &str| {
-            let (name, value) = line.split_once(':')?;
-            Some((name.to_owned(), value.split_whitespace().next()?.parse::<u64>().ok()? * 1024))
-        };
-        MemInfo(text.lines().filter_map(parse).collect())
-    }
-
-    /// With what each core has not told yet, where the kernel can be asked for it.
-    fn read_all() -> MemInfo {
-        let _ = fs::write("/proc/sys/vm/stat_refresh", "1");
-        MemInfo::read()
-    }
-
-    pub fn get(&self, name: &str) -> u64 {
-        self.0.get(name).copied().unwrap_or(0)
-    }
-
-    /// What has been added, in MB, of memory in tmpfs files and memfds, of such as is never swapped out
-    /// (ramfs), of the page cache of block devices (loop), of all page cache, these included, and of
-    /// dentries, inodes and the like.
-    fn since(&self, before: &MemInfo) -> [f64; COLUMNS.len()] {
-        let grown = |name| (self.get(name) as f64 - before.get(name) as f64) / MIB as f64;
-        COLUMNS.map(|name| match name {
-            "all page cache" => grown("Cached") + grown("Buffers"),
-            name => grown(name),
-        })
-    }
-}
-
-pub fn available() -> u64 {
-    MemInfo::read().get("MemAvailable")
-}
-
-/// Memory that is freed only when what holds it is unmounted or removed, in bytes.
-pub fn held() -> u64 {
-    let info = MemInfo::read();
-    info.get("Shmem") + info.get("Unevictable")
-}
-
-/// Waits until no more is held than was before: the kernel frees what was unmounted a moment later.
-/// Others may have taken some meanwhile, so no longer than a gigabyte takes.
-pub fn wait_until_freed(before: u64) {
-    for _ in 0..50 {
-        std::thread::sleep(Duration::from_millis(10));
-        if held() < before + MIB as u64 {
-            return;
-        }
-    }
+/// What has been added, in MB, of memory in tmpfs files and memfds, of such as is never swapped out
+/// (ramfs), of the page cache of block devices (loop), of all page cache, these included, and of
+/// dentries, inodes and the like.
+fn since(before: &MemInfo, now: &MemInfo) -> [f64; COLUMNS.len()] {
+    let grown = |name| (now.get(name) as f64 - before.get(name) as f64) / MIB as f64;
+    COLUMNS.map(|name| match name {
+        "all page cache" => grown("Cached") + grown("Buffers"),
+        name => grown(name),
+    })
 }
 
 pub fn measure(bench: &Bench, report: &mut Report) -> Result<(), Box<dyn Error>> {
@@ -113,7 +69,7 @@ pub fn measure(bench: &Bench, report: &mut Report) -> Result<(), Box<dyn Error>>
                     if *when == "walked" {
                         entries = walk(&bench.mnt);
                     }
-                    let now = MemInfo::read_all().since(&before);
+                    let now = since(&before, &MemInfo::read_all());
                     if counts {
                         grown.iter_mut().zip(now).for_each(|(all, new)| all.values.push(new));
                     }

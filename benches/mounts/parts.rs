@@ -3,12 +3,12 @@
 use std::time::Instant;
 
 use sealmount::{Memory, MountOptions, Rung, Step, Verity};
+use test_support::V1;
 
+use crate::bench::{Bench, Taken};
 use crate::images::Image;
 use crate::report::{Report, Table};
 use crate::timing::{Samples, milliseconds};
-use crate::{Bench, Taken};
-use test_support::V1;
 
 const PARTS: [&str; 7] =
     ["open, check", "copy, digest, seal", "loop device", "EROFS", "overlayfs", "attach", "all"];

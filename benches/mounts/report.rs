@@ -3,8 +3,7 @@
 use std::fmt::Write as _;
 use std::fs;
 
-use crate::digests::cores;
-use crate::memory::MemInfo;
+use crate::machine::{MemInfo, cores};
 use crate::timing::Samples;
 
 /// A table, in Markdown.

@@ -4,12 +4,15 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::images::{Image, MIB, make_cold};
+use test_support::V1;
+
+use crate::bench::{Bench, Taken};
+use crate::digests;
+use crate::images::{Image, make_cold};
 use crate::programs::Program;
 use crate::report::{Report, Table};
+use crate::sizes::{MIB, SIZES};
 use crate::timing::{Case, alternate, whole_process};
-use crate::{Bench, SIZES, Taken, digests};
-use test_support::V1;
 
 pub const PLAIN: &str = "plain mount";
 pub const PLAIN_DYNAMIC: &str = "plain mount, not static";
