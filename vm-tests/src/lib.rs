@@ -3,11 +3,23 @@
 //! A *scenario* is a function that runs inside a machine, as root, in a process and a mount
 //! namespace of its own; see [`guest`] for the list and for what a scenario is given. A *machine*
 //! says what it runs in: modules, files, disks, kernel command line. Scenarios of one machine share
-//! its boot. Both are described by [`scenario`], which host and guest compile alike.
+//! its boot. [`scenario`] and [`machine`] describe both, for host and guest alike.
 //!
 //! The *host* side ([`host`]) fetches kernels, packs an initramfs around the static `vm-init`, boots
-//! it with QEMU and tells it, scenario by scenario, what to run; [`protocol`] is the language the two
+//! it with QEMU and tells it, scenario by scenario, what to run; `protocol` is the language the two
 //! speak, over a serial port of its own so that kernel messages cannot mix with it.
+//!
+//! Each line imports only lines above it:
+//!
+//! ```text
+//! error, files             errors in words; reading and copying files
+//! protocol, first_stage    what host and guest agree on
+//! programs, binaries       the programs that the host runs, and those that it builds
+//! machine                  a kind of virtual machine: plain data
+//! scenario                 a test, and what it is given
+//! host/                    fetches kernels, boots machines, collects verdicts
+//! guest/                   the scenarios, and process 1
+//! ```
 //!
 //! ```text
 //! cargo test -p vm-tests                       # every scenario on every kernel
@@ -30,21 +42,15 @@
 //! programs that the host side calls.
 #![forbid(unsafe_code)]
 
+mod binaries;
+mod error;
+mod files;
+mod first_stage;
 pub mod guest;
 pub mod host;
-pub mod protocol;
+pub mod machine;
+mod programs;
+mod protocol;
 pub mod scenario;
 
-/// What went wrong, in words: nothing here is handled by kind, only shown.
-pub type Error = Box<dyn std::error::Error + Send + Sync>;
-
-/// Says what was being done when something went wrong.
-pub trait Context<T> {
-    fn context(self, what: impl FnOnce() -> String) -> Result<T, Error>;
-}
-
-impl<T, E: std::fmt::Display> Context<T> for Result<T, E> {
-    fn context(self, what: impl FnOnce() -> String) -> Result<T, Error> {
-        self.map_err(|error| format!("{}: {error}", what()).into())
-    }
-}
+pub use error::{Context, Error};

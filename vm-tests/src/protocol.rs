@@ -5,6 +5,12 @@
 
 use std::fmt::Write as _;
 
+/// The word of the kernel command line that gives the boot's token.
+pub const TOKEN: &str = "vm-tests.token";
+
+/// The guest's serial port that has nothing but frames. The console is the first one.
+pub const CHANNEL: &str = "/dev/ttyS1";
+
 /// Host to guest, and guest to host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Frame {

@@ -1,9 +1,11 @@
-//! What runs, and in what kind of machine: plain data that host and guest share.
+//! What runs in a machine, and what it is given.
 
-use crate::Error;
-use crate::guest::Guest;
-use crate::host::Lab;
-use std::path::Path;
+use crate::files::read;
+use crate::machine::{Format, Machine};
+use crate::{Context, Error};
+use rustix::mount::{MountFlags, mount};
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// A test that runs inside a virtual machine.
@@ -24,63 +26,91 @@ impl Scenario {
     pub const TIME_LIMIT: Duration = Duration::from_secs(60);
 }
 
-/// Fills a directory of the host that becomes the content of an initramfs or a disk.
-pub type Fill = fn(&Lab, &Path) -> Result<(), Error>;
-
-/// A kind of virtual machine. All scenarios with the same machine share one boot of it.
+/// What a scenario knows of the machine it runs in.
 #[derive(Debug)]
-pub struct Machine {
-    /// Machines are told apart by it.
-    pub name: &'static str,
-    pub memory_mib: u32,
-    /// Loaded before the first scenario, with what they need. One that the kernel lacks is left out.
-    pub modules: &'static [&'static str],
-    /// What the initramfs has besides `/init` and the modules.
-    pub files: Fill,
-    pub disks: &'static [Disk],
-    /// Words to add to the kernel's command line.
-    pub command_line: fn(&Lab) -> Result<String, Error>,
-    /// A program in the initramfs that takes over as process 1 once the modules are loaded. It must
-    /// end up executing `vm-init`, which then runs the scenarios wherever it finds itself.
-    pub takes_over: Option<&'static str>,
-    /// From starting QEMU to the first word of vm-init. Emulated on an idle machine: a few seconds.
-    pub boot_limit: Duration,
-    /// From the last result to the end of QEMU. Usually a moment.
-    pub off_limit: Duration,
+pub struct Guest {
+    _private: (),
 }
 
-impl Machine {
-    /// No modules, no disks. To be varied: `Machine { name: "…", ..Machine::BARE }`.
-    pub const BARE: Machine = Machine {
-        name: "bare",
-        memory_mib: 512,
-        modules: &[],
-        files: |_, _| Ok(()),
-        disks: &[],
-        command_line: |_| Ok(String::new()),
-        takes_over: None,
-        boot_limit: Duration::from_secs(90),
-        off_limit: Duration::from_secs(60),
-    };
+impl Guest {
+    /// Of the machine that this process runs in.
+    pub(crate) fn here() -> Guest {
+        Guest { _private: () }
+    }
+
+    /// The running kernel's, as `uname -r`.
+    pub fn kernel_release(&self) -> String {
+        rustix::system::uname().release().to_string_lossy().into_owned()
+    }
+
+    /// Whether the running kernel is this one or a later one: decides what is expected of it, and
+    /// never what is done.
+    pub fn kernel_at_least(&self, major: u32, minor: u32) -> Result<bool, Error> {
+        let release = self.kernel_release();
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(found_major)), Some(Ok(found_minor))) => {
+                Ok((found_major, found_minor) >= (major, minor))
+            }
+            _ => Err(format!("a kernel release without two numbers: {release:?}").into()),
+        }
+    }
+
+    /// The value of `KEY=VALUE` on the kernel's command line.
+    pub fn command_line(&self, key: &str) -> Option<String> {
+        command_line(key).ok().flatten()
+    }
+
+    /// Whether the kernel has a file system of this type, built in or loaded.
+    pub fn has_file_system(&self, name: &str) -> Result<bool, Error> {
+        let list = read("/proc/filesystems")?;
+        Ok(list.lines().any(|line| line.split_whitespace().next_back() == Some(name)))
+    }
+
+    /// The block device of a disk of the machine, by its name.
+    pub fn disk(&self, name: &str) -> Result<PathBuf, Error> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/sys/block").context(|| "cannot list /sys/block".into())? {
+            let entry = entry?;
+            let Ok(serial) = fs::read_to_string(entry.path().join("serial")) else {
+                continue;
+            };
+            if serial.trim_end() == name {
+                return Ok(Path::new("/dev").join(entry.file_name()));
+            }
+            found.push(serial.trim_end().to_owned());
+        }
+        Err(format!("no disk {name:?}; there are {found:?}").into())
+    }
+
+    /// Mounts a disk of the machine on a new directory below /mnt.
+    pub fn mount_disk(
+        &self,
+        name: &str,
+        format: Format,
+        flags: MountFlags,
+    ) -> Result<PathBuf, Error> {
+        let device = self.disk(name)?;
+        let file_system = match format {
+            Format::Ext4 | Format::Ext4Verity => "ext4",
+            Format::Btrfs => "btrfs",
+            Format::Fat => "vfat",
+            Format::Blank => return Err(format!("disk {name} has no file system").into()),
+        };
+        let dir = Path::new("/mnt").join(name);
+        fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
+        mount(&device, &dir, file_system, flags, None).context(|| {
+            format!("cannot mount {} on {} as {file_system}", device.display(), dir.display())
+        })?;
+        Ok(dir)
+    }
 }
 
-/// A virtual disk. Every boot gets it as it was built; what the guest writes is thrown away.
-#[derive(Debug)]
-pub struct Disk {
-    /// How the guest finds it ([`Guest::disk`]). At most 20 bytes: it is the disk's serial number.
-    pub name: &'static str,
-    pub format: Format,
-    pub size_mib: u64,
-    pub fill: Fill,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    Ext4,
-    /// With the feature that fs-verity needs. Enabling it on files is left to the guest.
-    Ext4Verity,
-    Btrfs,
-    Fat,
-    /// Zeros; `fill` is not called.
-    Blank,
+/// The value of `KEY=VALUE` on the kernel's command line.
+pub(crate) fn command_line(key: &str) -> Result<Option<String>, Error> {
+    let words = read("/proc/cmdline")?;
+    Ok(words.split_whitespace().find_map(|word| {
+        let (name, value) = word.split_once('=')?;
+        (name == key).then(|| value.to_owned())
+    }))
 }

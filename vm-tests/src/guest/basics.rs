@@ -1,9 +1,11 @@
 //! That the machines are what the other scenarios take them for.
 
-use super::{Guest, fixtures, probe, read};
+use super::machines::{CONTENT, STANDARD};
+use super::{fixtures, probe};
 use crate::Error;
-use crate::host::Lab;
-use crate::scenario::{Disk, Format, Machine, Scenario};
+use crate::files::read;
+use crate::machine::{Format, Machine};
+use crate::scenario::{Guest, Scenario};
 use rustix::mount::MountFlags;
 use sealmount::Algorithm;
 use std::fs::{self, File};
@@ -38,61 +40,15 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// What most scenarios run in.
-pub static STANDARD: Machine = Machine {
-    name: "standard",
-    modules: &[
-        "virtio_pci",
-        "virtio_blk",
-        "loop",
-        "erofs",
-        "overlay",
-        "ext4",
-        "btrfs",
-        "vfat",
-        // vfat asks for its tables with request_module, which has no modprobe to call here.
-        "nls_cp437",
-        "nls_ascii",
-        "nls_iso8859-1",
-        "nls_utf8",
-        "zram",
-        // fs-verity asks for its hash with request_module too.
-        "sha512_generic",
-    ],
-    files: fill_initramfs,
-    disks: &[
-        Disk { name: "ext4-verity", format: Format::Ext4Verity, size_mib: 64, fill: fill_disk },
-        Disk { name: "ext4", format: Format::Ext4, size_mib: 64, fill: fill_disk },
-        Disk { name: "btrfs", format: Format::Btrfs, size_mib: 128, fill: fill_disk },
-        Disk { name: "fat", format: Format::Fat, size_mib: 64, fill: fill_disk },
-    ],
-    ..Machine::BARE
-};
-
 static BARE: Machine = Machine::BARE;
 
 static TAKES_OVER: Machine = Machine {
     name: "takes-over",
-    files: |lab, root| lab.install_binary("vm-tests", "vm-init", &root.join("sbin/init")),
+    files: |binaries, root| binaries.install("vm-tests", "vm-init", &root.join("sbin/init")),
     command_line: |_| Ok("vm-tests.word=given".into()),
     takes_over: Some("/sbin/init"),
     ..Machine::BARE
 };
-
-const CONTENT: &str = "what the host put here\n";
-
-fn fill_initramfs(lab: &Lab, root: &Path) -> Result<(), Error> {
-    fixtures::fill(lab, root)?;
-    lab.install_binary("sealmount", "mount-composefs", &root.join(&fixtures::HELPER[1..]))
-}
-
-fn fill_disk(lab: &Lab, dir: &Path) -> Result<(), Error> {
-    fixtures::fill(lab, dir)?;
-    fs::create_dir(dir.join("directory"))?;
-    fs::write(dir.join("directory/file"), CONTENT)?;
-    fs::write(dir.join("empty"), "")?;
-    Ok(())
-}
 
 fn boots(guest: &mut Guest) -> Result<(), Error> {
     for name in ["erofs", "overlay", "ext4", "vfat"] {

@@ -1,17 +1,17 @@
 //! The way sealmount is meant to be used: an initramfs mounts the root of the system from an image
 //! that it brings, checked against the kernel's command line, goes on in it and gives itself up.
 //!
-//! [`init`] is what runs first, as process 1. It leaves notes for the scenarios in [`NOTES`], and
+//! [`boot_init`](super::boot_init) is what runs first, as process 1. It leaves notes for the scenarios in [`NOTES`], and
 //! ends in vm-init: the one in the composefs root, which is an object, or if there is no root, the
 //! one in the initramfs.
 
-mod init;
-
-use super::system::HELPER;
-use super::{Guest, probe, read};
-use crate::host::Lab;
+use super::fixtures::HELPER;
+use super::probe;
+use crate::binaries::Binaries;
+use crate::files::read;
 use crate::host::composefs::{Node, image, object_path};
-use crate::scenario::{Disk, Format, Machine, Scenario};
+use crate::machine::{Disk, Format, Machine};
+use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::mount::MountFlags;
 use sealmount::{Algorithm, Digest, compute_digest};
@@ -19,8 +19,6 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
 use test_support::mountinfo::{loop_devices, mount_at};
-
-pub use init::main;
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -40,19 +38,19 @@ pub const SCENARIOS: &[Scenario] = &[
 static BOOTS: Machine = Machine {
     name: "boot",
     modules: &["virtio_pci", "virtio_blk", "loop", "erofs", "overlay", "ext4"],
-    files: |lab, root| {
-        fs::write(root.join(&IMAGE[1..]), self::root(lab)?.image)?;
+    files: |binaries, root| {
+        fs::write(root.join(&IMAGE[1..]), self::root(binaries)?.image)?;
         fs::create_dir(root.join("run"))?;
         fs::create_dir(root.join("sysroot"))?;
-        lab.install_binary("sealmount", "mount-composefs", &root.join(&HELPER[1..]))?;
-        lab.install_binary("vm-tests", "boot-init", &root.join("sbin/boot-init"))
+        binaries.install("sealmount", "mount-composefs", &root.join(&HELPER[1..]))?;
+        binaries.install("vm-tests", "boot-init", &root.join("sbin/boot-init"))
     },
     disks: &[Disk {
         name: OBJECTS,
         format: Format::Ext4Verity,
         size_mib: 64,
-        fill: |lab, disk| {
-            let root = self::root(lab)?;
+        fill: |binaries, disk| {
+            let root = self::root(binaries)?;
             for content in [root.init, root.data] {
                 let digest = compute_digest(Algorithm::Sha256, &content);
                 let object = disk.join("objects").join(object_path(&digest));
@@ -62,15 +60,15 @@ static BOOTS: Machine = Machine {
             Ok(())
         },
     }],
-    command_line: |lab| Ok(format!("{DIGEST}={}", root(lab)?.digest)),
+    command_line: |binaries| Ok(format!("{DIGEST}={}", root(binaries)?.digest)),
     takes_over: Some("/sbin/boot-init"),
     ..Machine::BARE
 };
 
 static REFUSES: Machine = Machine {
     name: "boot-wrong-digest",
-    command_line: |lab| {
-        let digest = root(lab)?.digest.to_string();
+    command_line: |binaries| {
+        let digest = root(binaries)?.digest.to_string();
         let (rest, last) = digest.split_at(digest.len() - 1);
         Ok(format!("{DIGEST}={rest}{}", if last == "0" { "1" } else { "0" }))
     },
@@ -81,15 +79,15 @@ static REFUSES: Machine = Machine {
     ..Machine::BARE
 };
 
-const IMAGE: &str = "/image.cfs";
+pub const IMAGE: &str = "/image.cfs";
 /// The disk with the objects.
-const OBJECTS: &str = "boot-objects";
+pub const OBJECTS: &str = "boot-objects";
 /// The word of the kernel's command line.
-const DIGEST: &str = "composefs.digest";
+pub const DIGEST: &str = "composefs.digest";
 /// A file for each thing that happened in the first stage.
-const NOTES: &str = "/run/boot";
+pub const NOTES: &str = "/run/boot";
 /// Noted where the objects can have no fs-verity.
-const NO_VERITY: &str = "no_verity";
+pub const NO_VERITY: &str = "no_verity";
 /// Nearly all of it empty, but copied and hashed like the rest: enough to tell whether the memory
 /// of it is given back.
 const IMAGE_BLOCKS: usize = 4096;
@@ -105,8 +103,8 @@ struct Root {
 
 const DIRECTORIES: [&str; 8] = ["dev", "mnt", "proc", "run", "sbin", "sys", "tmp", "usr"];
 
-fn root(lab: &Lab) -> Result<Root, Error> {
-    let init = fs::read(lab.binary("vm-tests", "vm-init")?)?;
+fn root(binaries: &Binaries) -> Result<Root, Error> {
+    let init = fs::read(binaries.get("vm-tests", "vm-init")?)?;
     let data = data();
     let mut tree = BTreeMap::from([
         (String::new(), Node::Directory),

@@ -1,9 +1,10 @@
 //! What a copy is: memory that nobody can write to, and the loop device that some need.
 
 use super::fixtures::{self, V1};
+use super::machines::STANDARD;
 use super::mounted::{self, with_copy};
-use super::{Guest, basics::STANDARD, probe};
-use crate::scenario::Scenario;
+use super::{probe, system};
+use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_get_seals, memfd_create};
 use sealmount::{Errno, Memory, MountAttributes, MountOptions, Step};
@@ -138,7 +139,7 @@ fn loop_device_is_as_asked_for(guest: &mut Guest) -> Result<(), Error> {
         assert_eq!(found.trim(), expected, "{}", path.display());
     }
     mounted.unmount()?;
-    super::system::no_loop_devices()
+    system::no_loop_devices()
 }
 
 /// Refused before 5.14.

@@ -1,10 +1,11 @@
 //! Images that are to have a digest: it is theirs, whoever finds out, or nothing is mounted.
 
 use super::fixtures::{self, Fixture, V1, V2};
+use super::machines::STANDARD;
 use super::mounted::{self, MEMORIES, Traces, with_copy, with_digest, with_verity};
-use super::{Guest, basics::STANDARD, probe};
-use crate::host::copy;
-use crate::scenario::Scenario;
+use super::probe;
+use crate::files::copy;
+use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::mount::MountFlags;
 use sealmount::{

@@ -1,9 +1,10 @@
 //! Scenarios that misbehave, to prove that the harness says so. Not among those that are run on every
 //! kernel: tests/faults.rs expects each to fail, and how.
 
-use super::Guest;
 use crate::Error;
-use crate::scenario::{Machine, Scenario};
+use crate::machine::Machine;
+use crate::protocol::CHANNEL;
+use crate::scenario::{Guest, Scenario};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::system::{RebootCommand, reboot};
 use std::fs;
@@ -115,7 +116,7 @@ fn sleeps(_: &mut Guest) -> Result<(), Error> {
 fn writes_on_the_channel(_: &mut Guest) -> Result<(), Error> {
     let forged =
         "[    1.0] noise\n@vm-tests 0 passed writes_on_the_channel 0\n@vm-tests unfinished";
-    fs::write(super::init::CHANNEL, forged)?;
+    fs::write(CHANNEL, forged)?;
     Err("the forged result did not count".into())
 }
 

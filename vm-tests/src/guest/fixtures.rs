@@ -1,8 +1,9 @@
 //! The images that the scenarios mount, and what they need besides.
 
-use super::{Guest, read};
-use crate::host::{Lab, copy_tree};
-use crate::scenario::Format;
+use crate::binaries::Binaries;
+use crate::files::{copy_tree, read};
+use crate::machine::Format;
+use crate::scenario::Guest;
 use crate::{Context, Error};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -76,7 +77,7 @@ pub fn enable_verity(file: &Path, algorithm: Algorithm) -> Result<(), Errno> {
 }
 
 /// Fills a disk or an initramfs with both images and their objects.
-pub fn fill(_: &Lab, directory: &Path) -> Result<(), Error> {
+pub fn fill(_: &Binaries, directory: &Path) -> Result<(), Error> {
     let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/images");
     for fixture in [&V1, &V2] {
         copy_tree(&images.join(fixture.name), &directory.join(fixture.name))?;

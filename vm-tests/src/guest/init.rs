@@ -1,9 +1,11 @@
 //! Process 1: makes the machine ready, then runs what the host asks for.
 
-use super::{Guest, TOKEN, command_line, faults, first_stage, parallel, scenarios};
-use crate::protocol::Frame;
-use crate::scenario::Scenario;
-use crate::{Context, Error};
+use super::injected::STOP_AND_EXECUTE;
+use super::scenarios::scenarios;
+use super::{faults, parallel};
+use crate::protocol::{CHANNEL, Frame, TOKEN};
+use crate::scenario::{Guest, Scenario, command_line};
+use crate::{Context, Error, first_stage};
 use rustix::fs::MemfdFlags;
 use rustix::mount::{MountFlags, mount};
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process_group, wait};
@@ -16,15 +18,8 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-/// The serial port that has nothing but frames. The console is the first one.
-pub const CHANNEL: &str = "/dev/ttyS1";
-
 /// The token of the frame that a scenario's process hands to process 1: it need not be told apart.
 const IN_PROCESS: &str = "scenario";
-
-/// The argument with which it stops itself, and then executes the program that comes next: for who
-/// wants to trace that from its start.
-pub const STOP_AND_EXECUTE: &str = "--stop-and-execute";
 
 /// Runs as process 1, or as the process of one scenario.
 pub fn main() {
@@ -80,7 +75,7 @@ fn serve() -> Result<(), Error> {
         command_line(TOKEN)?.ok_or_else(|| format!("no {TOKEN} on the kernel command line"))?;
     let mut channel = open_channel()?;
     let mut requests = BufReader::new(channel.try_clone()?);
-    let release = Guest { _private: () }.kernel_release();
+    let release = Guest::here().kernel_release();
     channel.write_all(Frame::Ready { release }.encode(&token).as_bytes())?;
 
     let mut line = Vec::new();
@@ -243,7 +238,7 @@ fn be_scenario(name: &str) {
 
     let outcome = find(name).ok_or("no such scenario".into()).and_then(|scenario| {
         own_mount_namespace()?;
-        (scenario.run)(&mut Guest { _private: () })
+        (scenario.run)(&mut Guest::here())
     });
     let frame = match outcome {
         Ok(()) => Frame::Passed { scenario: name.into() },

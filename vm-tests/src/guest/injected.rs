@@ -2,12 +2,12 @@
 //! tests/faults has the other faults, and the other outcomes.
 
 use super::fixtures::{self, Fixture, HELPER, V1, V2};
-use super::init::STOP_AND_EXECUTE;
+use super::machines::STANDARD;
 use super::mounted::{TREE, Traces};
+use super::probe;
 use super::verity::{assert_only_harmed, can_verify, contents};
-use super::{Guest, basics::STANDARD, probe};
 use crate::Error;
-use crate::scenario::Scenario;
+use crate::scenario::{Guest, Scenario};
 use nix::errno::Errno;
 use nix::libc;
 use rustix::mount::{UnmountFlags, unmount};
@@ -19,6 +19,10 @@ use std::time::Duration;
 use test_support::manifest::{ROOT, assert_is_manifest, assert_root_is};
 use test_support::mountinfo::mount_at;
 use test_support::tracer::{self, Action, Call, Decision, End};
+
+/// The argument with which vm-init stops itself, and then executes the program that comes next: for who
+/// wants to trace that from its start.
+pub const STOP_AND_EXECUTE: &str = "--stop-and-execute";
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {

@@ -1,10 +1,12 @@
 //! What is not there: /proc, loop devices, modules, the right to write, or to change the kernel. Each
 //! ends in an error that says what is missing, or is worked around.
 
-use super::fixtures::{self, Fixture, V1, V2};
-use super::system::{HELPER, SOLITARY, helper, no_loop_devices, refused, succeeded, unload};
-use super::{Guest, probe};
-use crate::scenario::{Machine, Scenario};
+use super::fixtures::{self, Fixture, HELPER, V1, V2};
+use super::machines::SOLITARY;
+use super::probe;
+use super::system::{helper, no_loop_devices, refused, succeeded, unload};
+use crate::machine::{Format, Machine};
+use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::io::Errno;
@@ -225,7 +227,7 @@ fn missing_file_system(guest: &Guest, name: &str, hint: &str) -> Result<(), Erro
 }
 
 fn missing_write_access(guest: &mut Guest) -> Result<(), Error> {
-    let disk = guest.mount_disk("images", crate::scenario::Format::Ext4, MountFlags::RDONLY)?;
+    let disk = guest.mount_disk("images", Format::Ext4, MountFlags::RDONLY)?;
     fs::create_dir_all(TREE)?;
     for mount in mounts() {
         mount_remount(&mount.mount_point, MountFlags::BIND | MountFlags::RDONLY, "")

@@ -1,11 +1,12 @@
 //! Objects that can have no fs-verity, with `verity`: refused while nothing has been done.
 
 use super::fixtures::{self, V1, V2};
+use super::machines::STANDARD;
 use super::mounted::{self, Traces, with_copy, with_digest, with_verity};
-use super::{Guest, basics::STANDARD, verity::can_verify};
+use super::verity::can_verify;
 use crate::Error;
-use crate::host::copy_tree;
-use crate::scenario::Scenario;
+use crate::files::copy_tree;
+use crate::scenario::{Guest, Scenario};
 use rustix::mount::MountFlags;
 use sealmount::{Error as Refused, Memory, MountOptions, NotVerity, ObjectVerity, Verity};
 use std::fs;

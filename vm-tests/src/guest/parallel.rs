@@ -1,10 +1,11 @@
 //! Many mounts at the same time, each of which needs a loop device: the images lie on a tmpfs, which
 //! EROFS mounts no file of.
 
-use super::fixtures::V1;
-use super::system::{HELPER, SOLITARY, no_loop_devices, unload};
-use super::{Guest, probe, system};
-use crate::scenario::Scenario;
+use super::fixtures::{HELPER, V1};
+use super::machines::SOLITARY;
+use super::system::{no_loop_devices, unload};
+use super::{probe, system};
+use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;

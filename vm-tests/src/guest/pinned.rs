@@ -1,9 +1,10 @@
 //! What becomes of a mount whose image goes away.
 
 use super::fixtures::{self, V1};
+use super::machines::ERASED;
 use super::mounted::{self, MEMORIES, Mounted, Traces, with_copy};
-use super::{Guest, basics::STANDARD};
-use crate::scenario::{Format, Machine, Scenario};
+use crate::machine::Format;
+use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::mount::{MountFlags, UnmountFlags, unmount};
 use sealmount::{Errno, MountOptions};
@@ -17,10 +18,6 @@ pub const SCENARIOS: &[Scenario] = &[Scenario {
     time_limit: Scenario::TIME_LIMIT,
     run: nothing_is_pinned,
 }];
-
-/// For scenarios that write over its disks.
-pub static ERASED: Machine = Machine { name: "erased", ..STANDARD };
-
 fn nothing_is_pinned(guest: &mut Guest) -> Result<(), Error> {
     let objects = V1.objects_in(&fixtures::mount_objects(guest, "ext4")?);
     let fat = guest.mount_disk("fat", Format::Fat, MountFlags::empty())?;

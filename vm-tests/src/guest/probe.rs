@@ -2,8 +2,8 @@
 //! scenarios expect that of it, whatever its version and however it was built.
 
 use super::fixtures::{self, V1, enable_verity};
-use super::{Guest, basics::STANDARD};
-use crate::scenario::Scenario;
+use super::machines::STANDARD;
+use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;

@@ -2,11 +2,13 @@
 //! without a word.
 
 use super::fixtures::{self, V1};
+use super::machines::STANDARD;
 use super::mounted::{self, TREE, Traces, with_copy, with_verity};
-use super::{Guest, basics::STANDARD, probe, verity::can_verify};
+use super::probe;
+use super::verity::can_verify;
 use crate::Error;
-use crate::host::{copy, copy_tree};
-use crate::scenario::Scenario;
+use crate::files::{copy, copy_tree};
+use crate::scenario::{Guest, Scenario};
 use rustix::mount::MountFlags;
 use sealmount::{
     Errno, Memory, MountOptions, ObjectVerity, Operation, Rung, Step, UpperLayer, Verity,

@@ -1,10 +1,11 @@
 //! What copies do where there is swap: the pages of a memfd go there like those of any process, the
 //! pages of a ramfs stay.
 
-use super::Guest;
 use super::fixtures::V1;
-use super::system::{SOLITARY, helper, meminfo, no_loop_devices, succeeded};
-use crate::scenario::Scenario;
+use super::machines::SOLITARY;
+use super::system::{helper, meminfo, no_loop_devices, succeeded};
+use crate::files::read;
+use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::mount::{UnmountFlags, unmount};
 use std::collections::HashSet;
@@ -202,7 +203,7 @@ fn press(before: &Shown) -> Result<Vec<Vec<u8>>, Error> {
 }
 
 fn vmstat(name: &str) -> Result<u64, Error> {
-    let text = super::read("/proc/vmstat")?;
+    let text = read("/proc/vmstat")?;
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     value.ok_or_else(|| format!("/proc/vmstat has no {name}"))?.parse().context(|| name.into())
 }

@@ -1,8 +1,8 @@
 //! What can be seen of the running system.
 
-use super::{first_stage, fixtures, read};
-use crate::scenario::{Disk, Format, Machine};
-use crate::{Context, Error};
+use super::fixtures::HELPER;
+use crate::files::read;
+use crate::{Context, Error, first_stage};
 use rustix::system::{delete_module, finit_module};
 use std::ffi::{CString, OsStr};
 use std::fs::{self, File};
@@ -10,27 +10,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 use test_support::mountinfo::loop_devices;
-
-/// Where the machines have the helper that have it.
-pub const HELPER: &str = "/sbin/mount.composefs";
-
-/// For scenarios that take away, or use up, what others count on, and put it back: they have their
-/// own boot, and bring all they need.
-pub static SOLITARY: Machine = Machine {
-    name: "solitary",
-    // The less there is, the sooner it is used up.
-    memory_mib: 320,
-    modules: &["virtio_pci", "virtio_blk", "loop", "erofs", "overlay", "ext4"],
-    files: |lab, root| {
-        fixtures::fill(lab, root)?;
-        lab.install_binary("sealmount", "mount-composefs", &root.join(&HELPER[1..]))
-    },
-    disks: &[
-        Disk { name: "images", format: Format::Ext4, size_mib: 64, fill: fixtures::fill },
-        Disk { name: "swap", format: Format::Blank, size_mib: 128, fill: |_, _| Ok(()) },
-    ],
-    ..Machine::BARE
-};
 
 /// A line of /proc/meminfo, in KiB.
 pub fn meminfo(name: &str) -> Result<u64, Error> {

@@ -1,10 +1,11 @@
 //! That the tree of both formats is the manifest's, however it is mounted.
 
 use super::fixtures::{self, Fixture, V1, V2};
+use super::machines::STANDARD;
 use super::mounted::{self, TREE, Traces};
-use super::{Guest, basics::STANDARD, probe};
+use super::probe;
 use crate::Error;
-use crate::scenario::Scenario;
+use crate::scenario::{Guest, Scenario};
 use sealmount::{Errno, Memory, MountOptions, Operation, UpperLayer};
 use std::fs;
 use std::path::{Path, PathBuf};

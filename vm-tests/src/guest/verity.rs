@@ -1,9 +1,10 @@
 //! Objects with fs-verity: what is read is what the image was made of, or an error.
 
 use super::fixtures::{self, Fixture, V1, V2};
+use super::machines::{ERASED, STANDARD};
 use super::mounted::{self, MEMORIES, Mounted, TREE, Traces, with_copy, with_digest, with_verity};
-use super::{Guest, basics::STANDARD, pinned::ERASED, probe};
-use crate::scenario::Scenario;
+use super::probe;
+use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::mount::{UnmountFlags, unmount};
 use sealmount::{

@@ -1,8 +1,8 @@
 //! Debian packages, through a private apt configuration: the machine's own says which mirror to use
 //! and whom to trust, and its state is left alone.
 
-use super::programs::{self, command, output};
-use super::say;
+use super::say::say;
+use crate::programs::{self, command, output};
 use crate::{Context, Error};
 use std::fs;
 use std::path::{Path, PathBuf};

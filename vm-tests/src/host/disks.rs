@@ -1,8 +1,8 @@
 //! Disk images with a file system, populated without mounting anything.
 
-use super::programs::{command, output};
 use crate::Error;
-use crate::scenario::{Disk, Format};
+use crate::machine::{Disk, Format};
+use crate::programs::{command, output};
 use std::fs::{self, File};
 use std::path::Path;
 

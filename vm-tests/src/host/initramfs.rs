@@ -2,9 +2,11 @@
 
 use super::cpio::Archive;
 use super::kernels::Kernel;
-use super::{Lab, modules, say};
-use crate::guest::first_stage;
-use crate::scenario::Machine;
+use super::lab::Lab;
+use super::modules;
+use super::say::say;
+use crate::first_stage;
+use crate::machine::Machine;
 use crate::{Context, Error};
 use std::fs::{self, File};
 use std::io::BufWriter;
@@ -20,7 +22,7 @@ pub fn build(lab: &Lab, kernel: &Kernel, machine: &Machine) -> Result<PathBuf, E
     for dir in ["dev", "proc", "sys", "tmp", "mnt"] {
         archive.directory(dir, 0o755)?;
     }
-    archive.file("init", 0o755, &fs::read(lab.binary("vm-tests", "vm-init")?)?)?;
+    archive.file("init", 0o755, &fs::read(lab.binaries.get("vm-tests", "vm-init")?)?)?;
 
     archive.directory("vm-tests", 0o755)?;
     let order = kernel.load_order(machine.modules)?;

@@ -1,8 +1,9 @@
 //! Kernels: fetched from Debian by series, or found in directories.
 
 use super::apt::Apt;
+use super::lab::Lab;
 use super::modules::{LoadOrder, Modules};
-use super::{Lab, say};
+use super::say::say;
 use crate::{Context, Error};
 use std::env;
 use std::fs::{self, File};

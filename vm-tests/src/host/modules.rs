@@ -1,6 +1,6 @@
 //! Kernel modules: which ones a module needs, and in which order.
 
-use super::programs::{command, output};
+use crate::programs::{command, output};
 use crate::{Context, Error};
 use std::collections::{HashMap, HashSet};
 use std::fs;

@@ -1,13 +1,16 @@
 //! Runs a machine: boots it, has it run scenarios, and says of each how it ended, whatever happens to
 //! the machine.
 
+use super::accelerator::{EMULATION, KVM, escaped};
+use super::initramfs;
 use super::kernels::Kernel;
+use super::lab::Lab;
 use super::monitor::Monitor;
-use super::programs::command;
-use super::{Lab, initramfs, say};
-use crate::guest::TOKEN;
-use crate::protocol::{Frame, NotAFrame};
-use crate::scenario::{Machine, Scenario};
+use super::say::say;
+use crate::machine::Machine;
+use crate::programs::command;
+use crate::protocol::{Frame, NotAFrame, TOKEN};
+use crate::scenario::Scenario;
 use crate::{Context, Error};
 use std::collections::hash_map::RandomState;
 use std::fs::{self, File};
@@ -17,8 +20,7 @@ use std::iter::Peekable;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Stdio};
-use std::sync::OnceLock;
+use std::process::{Child, ExitStatus};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -167,7 +169,7 @@ impl Running {
         File::create(&console).context(|| format!("cannot make {}", console.display()))?;
 
         let token = format!("{:016x}", RandomState::new().build_hasher().finish());
-        let words = (machine.command_line)(lab)?;
+        let words = (machine.command_line)(&lab.binaries)?;
         let words = format!(
             // An oops is a failure of the kernel, and a machine after one is good for nothing. The
             // rest tells where a kernel hangs: what it says before it has its console, at an NMI,
@@ -387,46 +389,4 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.kill();
     }
-}
-
-/// One thread for each processor, and a processor that has what kernels and checksums make use of.
-/// Neither other machine types, nor smaller processors, nor leaving out mitigations or calibrations
-/// made a measurable difference to the time a boot takes.
-const EMULATION: [&str; 4] = ["-accel", "tcg,thread=multi", "-cpu", "max"];
-const KVM: [&str; 4] = ["-accel", "kvm", "-cpu", "host"];
-
-/// In QEMU's options a comma is doubled.
-fn escaped(path: &Path) -> String {
-    path.display().to_string().replace(',', ",,")
-}
-
-/// Whether QEMU can use KVM here. That the device can be opened is no promise, and that QEMU starts is
-/// none either: in some virtual machines the guest then never gets anywhere. So a program is run, the
-/// smallest there is.
-pub fn kvm_works(lab_dir: &Path) -> bool {
-    static WORKS: OnceLock<bool> = OnceLock::new();
-    *WORKS.get_or_init(|| {
-        File::options().read(true).write(true).open("/dev/kvm").is_ok()
-            && runs_boot_sector(lab_dir).unwrap_or(false)
-    })
-}
-
-fn runs_boot_sector(dir: &Path) -> Result<bool, Error> {
-    // mov al, 1; out 0xf4, al; hlt. QEMU's exit status is then 1 << 1 | 1.
-    let mut sector = vec![0; 512];
-    sector[..5].copy_from_slice(&[0xb0, 0x01, 0xe6, 0xf4, 0xf4]);
-    sector[510..].copy_from_slice(&[0x55, 0xaa]);
-    let image = dir.join("kvm-probe");
-    fs::write(&image, sector)?;
-    let mut qemu = command("timeout")
-        .args(["--signal", "KILL", "5", "qemu-system-x86_64", "-nodefaults", "-no-user-config"])
-        .args(["-machine", "q35", "-display", "none", "-device", "isa-debug-exit"])
-        .args(KVM)
-        .args(["-device", "ide-hd,drive=probe", "-drive"])
-        .arg(format!("if=none,id=probe,format=raw,file={}", escaped(&image)))
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()?;
-    Ok(qemu.wait()?.code() == Some(3))
 }

@@ -1,10 +1,11 @@
 //! All scenarios on all kernels: which machines to boot for those that were asked for.
 
-use super::Lab;
 use super::kernels::{Kernel, Wanted};
+use super::lab::Lab;
 use super::qemu::{self, Failure, Verdict};
 use crate::Error;
-use crate::scenario::{Machine, Scenario};
+use crate::machine::Machine;
+use crate::scenario::Scenario;
 use std::collections::HashMap;
 use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};

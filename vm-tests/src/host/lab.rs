@@ -1,36 +1,24 @@
-//! The host side: from a list of scenarios to the result of each on each kernel.
+//! Where machines are put together.
 
-pub mod apt;
-pub mod binaries;
-pub mod composefs;
-pub mod cpio;
-pub mod disks;
-pub mod initramfs;
-pub mod kernels;
-pub mod modules;
-pub mod monitor;
-pub mod programs;
-pub mod qemu;
-pub mod suite;
-
-use crate::scenario::{Disk, Fill};
-use crate::{Context, Error};
+use super::{accelerator, disks};
+use crate::binaries::Binaries;
+use crate::machine::{Disk, Fill};
+use crate::{Context, Error, programs};
 use std::collections::HashMap;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Where machines are put together: a directory that keeps what is worth keeping between runs, and
+/// A directory that keeps what is worth keeping between runs, and
 /// one that is gone with this run.
 #[derive(Debug)]
 pub struct Lab {
     kept: PathBuf,
     run: PathBuf,
-    binaries: Mutex<HashMap<(String, String), PathBuf>>,
+    pub binaries: Binaries,
     disks: Mutex<HashMap<&'static str, PathBuf>>,
-    pub(crate) has_kvm: bool,
+    pub has_kvm: bool,
 }
 
 impl Lab {
@@ -49,10 +37,10 @@ impl Lab {
             fs::create_dir_all(&dir).context(|| format!("cannot make {}", dir.display()))?;
         }
         Ok(Lab {
-            has_kvm: qemu::kvm_works(&run),
+            has_kvm: accelerator::kvm_works(&run),
+            binaries: Binaries::new(kept.join("cargo")),
             kept,
             run,
-            binaries: Mutex::default(),
             disks: Mutex::default(),
         })
     }
@@ -65,22 +53,6 @@ impl Lab {
     /// A directory or file of this run.
     pub fn temporary(&self, name: &str) -> PathBuf {
         self.run.join(name)
-    }
-
-    /// A static executable of a package of this workspace, built when first asked for.
-    pub fn binary(&self, package: &str, name: &str) -> Result<PathBuf, Error> {
-        let mut binaries = self.binaries.lock().expect("no build panics");
-        let key = (package.to_owned(), name.to_owned());
-        if !binaries.contains_key(&key) {
-            let path = binaries::build(package, name, &self.kept("cargo"))?;
-            binaries.insert(key.clone(), path);
-        }
-        Ok(binaries[&key].clone())
-    }
-
-    /// Copies a static executable to where a machine is to find it.
-    pub fn install_binary(&self, package: &str, name: &str, to: &Path) -> Result<(), Error> {
-        copy(&self.binary(package, name)?, to)
     }
 
     /// The image of a disk, built when first asked for. Not to be written to: boots share it.
@@ -97,10 +69,10 @@ impl Lab {
     }
 
     /// A new directory with what `fill` puts into it.
-    fn filled(&self, name: &str, fill: Fill) -> Result<PathBuf, Error> {
+    pub fn filled(&self, name: &str, fill: Fill) -> Result<PathBuf, Error> {
         let dir = self.temporary(name);
         fs::create_dir(&dir).context(|| format!("cannot make {}", dir.display()))?;
-        fill(self, &dir).context(|| format!("cannot fill {name}"))?;
+        fill(&self.binaries, &dir).context(|| format!("cannot fill {name}"))?;
         Ok(dir)
     }
 }
@@ -120,31 +92,4 @@ fn remove_abandoned_runs(kept: &Path) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
-}
-
-/// Tells whoever runs the tests, in one write: other threads have things to say too.
-fn say(text: &str) {
-    let _ = std::io::stderr().write_all(format!("vm-tests: {text}\n").as_bytes());
-}
-
-/// Copies a file, with its mode, and makes the directories above it.
-pub fn copy(from: &Path, to: &Path) -> Result<(), Error> {
-    let what = || format!("cannot copy {} to {}", from.display(), to.display());
-    fs::create_dir_all(to.parent().unwrap_or(to)).context(what)?;
-    fs::copy(from, to).context(what)?;
-    Ok(())
-}
-
-/// Copies a directory's files and directories, recursively.
-pub fn copy_tree(from: &Path, to: &Path) -> Result<(), Error> {
-    fs::create_dir_all(to).context(|| format!("cannot make {}", to.display()))?;
-    for entry in fs::read_dir(from).context(|| format!("cannot list {}", from.display()))? {
-        let entry = entry?;
-        let to = to.join(entry.file_name());
-        match entry.file_type()?.is_dir() {
-            true => copy_tree(&entry.path(), &to)?,
-            false => copy(&entry.path(), &to)?,
-        }
-    }
-    Ok(())
 }

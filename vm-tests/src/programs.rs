@@ -20,7 +20,7 @@ const NEEDED: &[(&str, &str)] = &[
     ("setpriv", "util-linux"),
     ("timeout", "coreutils"),
 ];
-pub(super) const NEEDED_TO_FETCH: &[(&str, &str)] =
+pub const NEEDED_TO_FETCH: &[(&str, &str)] =
     &[("apt-get", "apt"), ("apt-cache", "apt"), ("dpkg-deb", "dpkg")];
 
 /// Fails with the names of all that are missing.
@@ -28,7 +28,7 @@ pub fn check() -> Result<(), Error> {
     check_these(NEEDED)
 }
 
-pub(super) fn check_these(needed: &[(&str, &str)]) -> Result<(), Error> {
+pub fn check_these(needed: &[(&str, &str)]) -> Result<(), Error> {
     let missing: Vec<_> = needed.iter().filter(|(program, _)| find(program).is_none()).collect();
     if missing.is_empty() {
         return Ok(());

@@ -1,8 +1,9 @@
 //! The first stage: process 1 of an initramfs, after its modules are loaded.
 
-use super::{DIGEST, IMAGE, NO_VERITY, NOTES, OBJECTS};
-use crate::guest::{Guest, system};
-use crate::scenario::Format;
+use super::boot::{DIGEST, IMAGE, NO_VERITY, NOTES, OBJECTS};
+use super::system;
+use crate::machine::Format;
+use crate::scenario::Guest;
 use crate::{Context, Error};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_move, unmount};
@@ -28,7 +29,7 @@ pub fn main() {
 fn boot() -> Result<Infallible, Error> {
     mount("run", "/run", "tmpfs", MountFlags::empty(), None).context(|| "/run".into())?;
     fs::create_dir(NOTES)?;
-    let guest = Guest { _private: () };
+    let guest = Guest::here();
     let disk = guest.mount_disk(OBJECTS, Format::Ext4Verity, MountFlags::empty())?;
     let objects = disk.join("objects");
     for prefix in fs::read_dir(&objects)? {

@@ -1,14 +1,47 @@
 //! Static executables of this workspace, for machines that have no libraries.
 
-use super::programs::output;
+use crate::files::copy;
+use crate::programs::output;
 use crate::{Context, Error};
+use std::collections::HashMap;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-pub fn build(package: &str, name: &str, target_dir: &Path) -> Result<PathBuf, Error> {
+/// Static executables, each built when first asked for.
+#[derive(Debug)]
+pub struct Binaries {
+    target_dir: PathBuf,
+    built: Mutex<HashMap<(String, String), PathBuf>>,
+}
+
+impl Binaries {
+    /// To be built in this directory.
+    pub fn new(target_dir: PathBuf) -> Binaries {
+        Binaries { target_dir, built: Mutex::default() }
+    }
+
+    /// The path of an executable of a package of this workspace.
+    pub fn get(&self, package: &str, name: &str) -> Result<PathBuf, Error> {
+        let mut built = self.built.lock().expect("no build panics");
+        let key = (package.to_owned(), name.to_owned());
+        if !built.contains_key(&key) {
+            let path = build(package, name, &self.target_dir)?;
+            built.insert(key.clone(), path);
+        }
+        Ok(built[&key].clone())
+    }
+
+    /// Copies an executable to where a machine is to find it.
+    pub fn install(&self, package: &str, name: &str, to: &Path) -> Result<(), Error> {
+        copy(&self.get(package, name)?, to)
+    }
+}
+
+fn build(package: &str, name: &str, target_dir: &Path) -> Result<PathBuf, Error> {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
         .args(["build", "--quiet", "--release", "--locked", "--target", TARGET])
@@ -42,7 +75,7 @@ fn with_hint(error: Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::programs::command;
+    use crate::programs::command;
 
     #[test]
     fn a_missing_library_is_to_be_installed() {

@@ -1,0 +1,31 @@
+//! Reading and copying files, with errors that name them.
+
+use crate::{Context, Error};
+use std::fs;
+use std::path::Path;
+
+pub fn read(path: &str) -> Result<String, Error> {
+    fs::read_to_string(path).context(|| format!("cannot read {path}"))
+}
+
+/// Copies a file, with its mode, and makes the directories above it.
+pub fn copy(from: &Path, to: &Path) -> Result<(), Error> {
+    let what = || format!("cannot copy {} to {}", from.display(), to.display());
+    fs::create_dir_all(to.parent().unwrap_or(to)).context(what)?;
+    fs::copy(from, to).context(what)?;
+    Ok(())
+}
+
+/// Copies a directory's files and directories, recursively.
+pub fn copy_tree(from: &Path, to: &Path) -> Result<(), Error> {
+    fs::create_dir_all(to).context(|| format!("cannot make {}", to.display()))?;
+    for entry in fs::read_dir(from).context(|| format!("cannot list {}", from.display()))? {
+        let entry = entry?;
+        let to = to.join(entry.file_name());
+        match entry.file_type()?.is_dir() {
+            true => copy_tree(&entry.path(), &to)?,
+            false => copy(&entry.path(), &to)?,
+        }
+    }
+    Ok(())
+}
