@@ -1,4 +1,4 @@
-//! What everything that is measured needs: the programs, the places, and memory to take.
+//! The programs, directories and rounds of all measurements, and memory for them.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -11,7 +11,7 @@ use crate::programs::{Program, Programs};
 use crate::sizes::MIB;
 use crate::timing::{Effort, whole_process};
 
-/// Where everything is measured, with what, and how often.
+/// The programs, directories and rounds of all measurements.
 pub struct Bench {
     pub effort: Effort,
     pub programs: Programs,

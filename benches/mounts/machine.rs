@@ -1,4 +1,4 @@
-//! The machine that measures: its memory, and its cores.
+//! The memory and the cores of the machine.
 
 use std::collections::HashMap;
 use std::fs;

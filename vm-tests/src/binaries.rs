@@ -19,12 +19,12 @@ pub struct Binaries {
 }
 
 impl Binaries {
-    /// To be built in this directory.
+    /// Uses this directory for the builds.
     pub fn new(target_dir: PathBuf) -> Binaries {
         Binaries { target_dir, built: Mutex::default() }
     }
 
-    /// The path of an executable of a package of this workspace.
+    /// Returns the path of an executable of a package of this workspace.
     pub fn get(&self, package: &str, name: &str) -> Result<PathBuf, Error> {
         let mut built = self.built.lock().expect("no build panics");
         let key = (package.to_owned(), name.to_owned());

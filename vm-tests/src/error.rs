@@ -1,4 +1,4 @@
-//! Errors, and what was being done when they occurred.
+//! The error type, and a trait that adds the failed operation to an error.
 
 /// What went wrong, in words: nothing here is handled by kind, only shown.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;

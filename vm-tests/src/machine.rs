@@ -1,4 +1,4 @@
-//! In what kind of machine a scenario runs: plain data that host and guest share.
+//! The kinds of virtual machines: plain data that host and guest share.
 
 use crate::Error;
 use crate::binaries::Binaries;

@@ -1,4 +1,4 @@
-//! What runs in a machine, and what it is given.
+//! A scenario, and the machine as the scenario sees it.
 
 use crate::files::read;
 use crate::machine::{Format, Machine};
@@ -33,7 +33,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Of the machine that this process runs in.
+    /// Describes the machine that this process runs in.
     pub(crate) fn here() -> Guest {
         Guest { _private: () }
     }
@@ -106,7 +106,7 @@ impl Guest {
     }
 }
 
-/// The value of `KEY=VALUE` on the kernel's command line.
+/// Returns the value of `KEY=VALUE` on the kernel's command line.
 pub(crate) fn command_line(key: &str) -> Result<Option<String>, Error> {
     let words = read("/proc/cmdline")?;
     Ok(words.split_whitespace().find_map(|word| {

@@ -22,8 +22,8 @@ pub use programs::{run, through, umount, umount_8, user_namespace};
 #[cfg(feature = "sandbox")]
 pub use sandbox::Sandbox;
 
-/// Makes a [`Sandbox`] in the directory for temporary files that cargo gives to integration tests and
-/// benchmarks. `None` if the test is to be skipped.
+/// Makes a [`Sandbox`] in the directory for temporary files that cargo gives to the calling test or
+/// benchmark. Returns `None` if the test is to be skipped.
 #[cfg(feature = "sandbox")]
 #[macro_export]
 macro_rules! sandbox {

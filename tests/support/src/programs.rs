@@ -1,4 +1,4 @@
-//! Programs that the tests run, and what they do for the tests.
+//! Runs programs: umount(8), unshare(1), and any other that must succeed.
 
 use std::ffi::OsStr;
 use std::fs;

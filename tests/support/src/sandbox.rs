@@ -17,8 +17,8 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Makes a sandbox with a new directory in `parent`. `None`: skipped, because the variable above
-    /// allows it.
+    /// Makes a sandbox with a new directory in `parent`. Returns `None` if the test is to be skipped,
+    /// because the variable above allows it.
     pub fn new(parent: &Path) -> Option<Sandbox> {
         if !rustix::process::geteuid().is_root() {
             assert!(

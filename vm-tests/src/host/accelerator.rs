@@ -1,4 +1,4 @@
-//! How QEMU runs a machine's processors: with KVM, or emulated.
+//! Selects how QEMU runs the processors of a machine: with KVM, or emulated.
 
 use crate::Error;
 use crate::programs::command;

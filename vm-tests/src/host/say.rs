@@ -1,4 +1,4 @@
-//! What the host tells while machines run.
+//! Messages of the host while machines run.
 
 use std::io::Write;
 
