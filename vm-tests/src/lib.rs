@@ -37,9 +37,9 @@
 //! there were 160 tests; 778 s with 184 tests, beside compilers and other machines (a load of 10).
 //!
 //! Kernels are fetched once, to `target/vm/kernels/SERIES`; delete that to get newer ones.
-//! `target/vm/log` keeps the console of the last boot of each machine and, as `*.hung.console`, of
-//! the last one that hung before it was ready and was started again. `install-deps` installs the
-//! programs that the host side calls.
+//! `target/vm/log` keeps the console of the last boot of each machine and, as `*.hung.console` or
+//! `*.killed.console`, of the last one that hung, or whose QEMU died by a signal, before it was ready
+//! and was started again. `install-deps` installs the programs that the host side calls.
 #![forbid(unsafe_code)]
 
 mod binaries;

@@ -7,7 +7,7 @@ use vm_tests::guest::FAULTS;
 use vm_tests::host::Lab;
 use vm_tests::host::kernels::{Kernel, Wanted};
 use vm_tests::host::qemu::{self, Failure, Verdict};
-use vm_tests::scenario::Scenario;
+use vm_tests::scenario::{Machine, Scenario};
 
 fn lab() -> Lab {
     Lab::new(Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap()).unwrap()
@@ -147,4 +147,52 @@ fn a_kernel_that_qemu_refuses() {
     qemu::run(&lab, &kernel, fault.machine, &[fault], |_, given| verdict = Some(given));
     let message = verdict.unwrap().unwrap_err().message;
     assert!(message.contains("QEMU ended (exit status: 1)"), "{message}");
+    assert!(!message.contains("twice"), "{message}");
+}
+
+/// Runs a scenario in a machine whose QEMU aborts at its first starts: `early`, before vm-init is
+/// ready, or `late`, while the scenario runs. Returns the verdict and the number of aborts to come.
+fn verdict_where_qemu_aborts(
+    machine: &'static str,
+    moments: &[&str],
+    scenario: &str,
+) -> (Verdict, usize) {
+    let mut lab = lab();
+    lab.qemu = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/aborting-qemu");
+    let file = |(number, moment)| lab.temporary(&format!("abort-{number}-{moment}"));
+    let files: Vec<_> = moments.iter().enumerate().map(file).collect();
+    files.iter().for_each(|file| fs::write(file, "").unwrap());
+
+    let kernel = Wanted::from_environment()[0].get(&lab).unwrap();
+    let machine = Machine { name: machine, ..Machine::BARE };
+    let scenario = FAULTS.iter().find(|fault| fault.name == scenario).unwrap();
+    let mut verdict = None;
+    qemu::run(&lab, &kernel, &machine, &[scenario], |_, given| verdict = Some(given));
+    (verdict.unwrap(), files.iter().filter(|file| file.exists()).count())
+}
+
+#[test]
+fn qemu_that_aborts_once_is_started_again() {
+    let outcome = verdict_where_qemu_aborts("fault-aborts-once", &["early"], "still_works");
+    assert_eq!(outcome, (Ok(()), 0));
+}
+
+#[test]
+fn qemu_that_aborts_twice_fails() {
+    let moments = ["early"; 3];
+    let (verdict, left) = verdict_where_qemu_aborts("fault-aborts-twice", &moments, "still_works");
+    let message = verdict.unwrap_err().message;
+    let words = "did not get ready: QEMU ended (signal: 6 (SIGABRT)): an assertion of aborting-qemu, \
+                 twice. The first time: ";
+    assert!(message.contains(words), "{message}");
+    assert_eq!(left, 1);
+}
+
+#[test]
+fn qemu_that_aborts_in_a_scenario_fails() {
+    let moments = ["late", "early"];
+    let (verdict, left) = verdict_where_qemu_aborts("fault-aborts-late", &moments, "sleeps");
+    let message = verdict.unwrap_err().message;
+    assert!(message.contains("no result: QEMU ended (signal: 6 (SIGABRT))"), "{message}");
+    assert_eq!(left, 1);
 }

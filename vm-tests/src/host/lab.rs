@@ -19,6 +19,8 @@ pub struct Lab {
     pub binaries: Binaries,
     disks: Mutex<HashMap<&'static str, PathBuf>>,
     pub has_kvm: bool,
+    /// The program that runs a machine. Tests of the harness replace it.
+    pub qemu: PathBuf,
 }
 
 impl Lab {
@@ -39,6 +41,7 @@ impl Lab {
         Ok(Lab {
             has_kvm: accelerator::kvm_works(&run),
             binaries: Binaries::new(kept.join("cargo")),
+            qemu: "qemu-system-x86_64".into(),
             kept,
             run,
             disks: Mutex::default(),

@@ -19,6 +19,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::iter::Peekable;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -100,9 +101,10 @@ fn run_until_lost<'a>(
 
 /// Starts the machine and waits until it is ready.
 ///
-/// One that hangs before vm-init has said a word is started once more: an emulated machine has done
-/// that, once in some hundreds of boots, and nothing under test had run by then. A kernel that
-/// panics, a QEMU that ends and a vm-init that gives up are results.
+/// Starts the machine a second time if the first one hangs, or if a signal ends QEMU, before vm-init
+/// has said a word. Both have been seen under load: a hang once in some hundreds of boots, and an
+/// assertion of QEMU that failed (hw/pci/msix.c). Nothing under test has run by then. A kernel that
+/// panics, a QEMU that exits and a vm-init that gives up are results.
 fn boot(lab: &Lab, kernel: &Kernel, machine: &Machine) -> Result<Running, Failure> {
     let cannot_start = |error| Failure {
         message: format!("cannot start the machine: {error}"),
@@ -114,28 +116,31 @@ fn boot(lab: &Lab, kernel: &Kernel, machine: &Machine) -> Result<Running, Failur
     loop {
         let mut running =
             Running::start(lab, &name, kernel, machine, &initramfs).map_err(cannot_start)?;
-        match running.wait_until_ready(kernel, machine.boot_limit) {
+        let (started_again, why) = match running.wait_until_ready(kernel, machine.boot_limit) {
             Ok(()) => return Ok(running),
-            Err(Silence::Hung(why)) if earlier.is_empty() => {
-                let kept = lab.kept("log").join(format!("{name}.hung.console"));
-                let _ = fs::rename(&running.console, &kept);
-                say(&format!(
-                    "{name} did not get ready: {why}; starting it once more. See {}",
-                    kept.display()
-                ));
-                earlier = format!(", twice. The first time: {}", kept.display());
-            }
-            Err(Silence::Hung(why) | Silence::Ended(why)) => {
-                let message = format!("the machine did not get ready: {why}{earlier}");
-                return Err(running.failure(message));
-            }
-        }
+            Err(Silence::Hung(why)) => (Some("hung"), why),
+            Err(Silence::Killed(why)) => (Some("killed"), why),
+            Err(Silence::Ended(why)) => (None, why),
+        };
+        let Some(what) = started_again.filter(|_| earlier.is_empty()) else {
+            let message = format!("the machine did not get ready: {why}{earlier}");
+            return Err(running.failure(message));
+        };
+        let kept = lab.kept("log").join(format!("{name}.{what}.console"));
+        let _ = fs::rename(&running.console, &kept);
+        say(&format!(
+            "{name} did not get ready: {why}; starting it once more. See {}",
+            kept.display()
+        ));
+        earlier = format!(", twice. The first time: {}", kept.display());
     }
 }
 
 /// Why a machine says nothing more. It is off then.
 enum Silence {
     Hung(String),
+    /// A signal ended QEMU, and not because of a kernel panic.
+    Killed(String),
     Ended(String),
 }
 
@@ -186,7 +191,8 @@ impl Running {
 
         // setpriv: a QEMU that nobody waits for must not stay, however the tests ended.
         let mut qemu = command("setpriv");
-        qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"])
+        qemu.args(["--pdeathsig", "KILL", "--"])
+            .arg(&lab.qemu)
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
             .args(["-machine", "q35", "-smp", "2"])
             .args(["-m", &format!("{}M", machine.memory_mib)])
@@ -275,7 +281,7 @@ impl Running {
             Ok(other) => {
                 (Err(self.failure(format!("no result; the machine said {other:?}"))), true)
             }
-            Err(Silence::Hung(why) | Silence::Ended(why)) => {
+            Err(Silence::Hung(why) | Silence::Killed(why) | Silence::Ended(why)) => {
                 (Err(self.failure(format!("no result: {why}"))), true)
             }
         }
@@ -295,9 +301,12 @@ impl Running {
                         lines => format!(" ({lines} damaged lines were received)"),
                     };
                     if why == RecvTimeoutError::Disconnected {
-                        let why = self.why_it_ended();
+                        let (why, is_killed) = self.why_it_ended();
                         self.kill();
-                        return Err(Silence::Ended(why + &damaged));
+                        return Err(match is_killed {
+                            true => Silence::Killed(why + &damaged),
+                            false => Silence::Ended(why + &damaged),
+                        });
                     }
                     self.log_where_it_hangs();
                     return Err(Silence::Hung(format!(
@@ -318,14 +327,18 @@ impl Running {
         }
     }
 
-    fn why_it_ended(&mut self) -> String {
+    /// Returns the cause, and whether it is a signal that ended QEMU.
+    fn why_it_ended(&mut self) -> (String, bool) {
         let status = self.wait(END_LIMIT);
         match (self.kernel_panic(), status) {
-            (Some(panic), _) => panic,
+            (Some(panic), _) => (panic, false),
             (None, Some(status)) if status.success() => {
-                "the machine switched itself off or reset".into()
+                ("the machine switched itself off or reset".into(), false)
             }
-            (None, status) => self.end_of_qemu(status),
+            (None, status) => {
+                let is_killed = status.is_some_and(|status| status.signal().is_some());
+                (self.end_of_qemu(status), is_killed)
+            }
         }
     }
 
