@@ -31,6 +31,9 @@
 //! | `SEALMOUNT_VM_KERNELS=DIR[:DIR…]` | these kernels only, nothing is fetched; each directory holds a `vmlinuz*` or `bzImage` (also in `boot/`, as in an unpacked package) and, if it has modules, `lib/modules/RELEASE` |
 //! | `SEALMOUNT_VM_SERIES=6.1,7.3` | which series of Debian's kernels to fetch and run |
 //! | `SEALMOUNT_VM_JOBS=N` | machines to run at a time |
+//! | `SEALMOUNT_TESTS=quick` | on the oldest and the newest kernel, the scenarios of [`Tier::Quick`](scenario::Tier::Quick) |
+//! | `SEALMOUNT_TESTS=rest` | all tests that `quick` leaves out |
+//! | `SEALMOUNT_TESTS=all` | all tests, the default |
 //!
 //! How long all of it took is said at the end. All scenarios on all four kernels, emulated, are to
 //! take no more than 10 minutes on two processors that have nothing else to do. Measured: 374 s, when

@@ -28,6 +28,18 @@ pub struct Machine {
     pub boot_limit: Duration,
     /// From the last result to the end of QEMU. Usually a moment.
     pub off_limit: Duration,
+    /// The smallest test run that boots the machine.
+    pub tier: Tier,
+}
+
+/// How much a run of the tests does; SEALMOUNT_TESTS selects one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    /// `tests/run`, on the oldest and the newest kernel: scenarios whose course depends on the kernel.
+    Quick,
+    /// `tests/run ci`, on every kernel: also scenarios that take more than half a minute under
+    /// emulation.
+    Ci,
 }
 
 impl Machine {
@@ -42,6 +54,7 @@ impl Machine {
         takes_over: None,
         boot_limit: Duration::from_secs(90),
         off_limit: Duration::from_secs(60),
+        tier: Tier::Quick,
     };
 }
 

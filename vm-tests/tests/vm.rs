@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use vm_tests::host::Lab;
 use vm_tests::host::kernels::Wanted;
-use vm_tests::host::suite::{Session, Suite};
+use vm_tests::host::suite::{Part, Session, Suite};
 use vm_tests::{Error, guest};
 
 fn main() -> ExitCode {
@@ -19,7 +19,12 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitCode, Error> {
     let arguments = Arguments::from_args();
-    let suite = Suite::new(&Wanted::from_environment(), guest::scenarios())?;
+    let mut suite = Suite::new(&Wanted::from_environment(), guest::scenarios())?;
+    let (part, all) = (Part::from_environment()?, suite.tests.len());
+    suite.keep(part);
+    if part != Part::All {
+        eprintln!("vm-tests: SEALMOUNT_TESTS selects {} of {all} tests", suite.tests.len());
+    }
     let session = if suite.tests.iter().any(|test| is_selected(&arguments, &test.name)) {
         let target =
             Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it is in cargo's target");

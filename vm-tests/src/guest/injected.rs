@@ -7,6 +7,7 @@ use super::mounted::{TREE, Traces};
 use super::probe;
 use super::verity::{assert_only_harmed, can_verify, contents};
 use crate::Error;
+use crate::machine::{Machine, Tier};
 use crate::scenario::{Guest, Scenario};
 use nix::errno::Errno;
 use nix::libc;
@@ -27,19 +28,19 @@ pub const STOP_AND_EXECUTE: &str = "--stop-and-execute";
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "faults_digest_by_kernel",
-        machine: &STANDARD,
+        machine: &INJECTED,
         time_limit: TIME_LIMIT,
         run: |guest| each_call_fails(guest, "by_kernel", true, ""),
     },
     Scenario {
         name: "faults_digest_by_kernel_copy",
-        machine: &STANDARD,
+        machine: &INJECTED,
         time_limit: TIME_LIMIT,
         run: |guest| each_call_fails(guest, "by_kernel_copy", true, ",copy"),
     },
     Scenario {
         name: "faults_digest_by_copy",
-        machine: &STANDARD,
+        machine: &INJECTED,
         time_limit: TIME_LIMIT,
         run: |guest| each_call_fails(guest, "by_copy", false, ",copy"),
     },
@@ -50,6 +51,8 @@ pub const SCENARIOS: &[Scenario] = &[
         run: one_string,
     },
 ];
+
+static INJECTED: Machine = Machine { name: "injected", tier: Tier::Ci, ..STANDARD };
 
 /// Hundreds of mounts.
 const TIME_LIMIT: Duration = Duration::from_secs(300);

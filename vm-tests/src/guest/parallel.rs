@@ -5,6 +5,7 @@ use super::fixtures::{HELPER, V1};
 use super::machines::SOLITARY;
 use super::system::{no_loop_devices, unload};
 use super::{probe, system};
+use crate::machine::{Machine, Tier};
 use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -23,10 +24,12 @@ use test_support::mountinfo::{loop_devices, mounts};
 
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "parallel_mounts",
-    machine: &SOLITARY,
+    machine: &PARALLEL,
     time_limit: Duration::from_secs(240),
     run: parallel_mounts,
 }];
+
+static PARALLEL: Machine = Machine { name: "parallel", tier: Tier::Ci, ..SOLITARY };
 
 const MOUNTS: usize = 64;
 const ROUNDS: usize = 10;

@@ -4,7 +4,7 @@ use super::kernels::{Kernel, Wanted};
 use super::lab::Lab;
 use super::qemu::{self, Failure, Verdict};
 use crate::Error;
-use crate::machine::Machine;
+use crate::machine::{Machine, Tier};
 use crate::scenario::Scenario;
 use std::collections::HashMap;
 use std::env;
@@ -44,6 +44,35 @@ pub struct Suite {
     pub tests: Vec<Test>,
 }
 
+/// The part of the tests that a run is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    All,
+    /// The scenarios of [`Tier::Quick`], on the first and the last kernel.
+    Quick,
+    /// All tests that are not in [`Part::Quick`].
+    Rest,
+}
+
+impl Part {
+    /// Returns the part that SEALMOUNT_TESTS names.
+    pub fn from_environment() -> Result<Part, Error> {
+        match env::var_os("SEALMOUNT_TESTS") {
+            None => Ok(Part::All),
+            Some(name) => Part::named(&name.to_string_lossy()),
+        }
+    }
+
+    fn named(name: &str) -> Result<Part, Error> {
+        match name {
+            "all" => Ok(Part::All),
+            "quick" => Ok(Part::Quick),
+            "rest" => Ok(Part::Rest),
+            _ => Err(format!("SEALMOUNT_TESTS={name}: must be all, quick or rest").into()),
+        }
+    }
+}
+
 impl Suite {
     pub fn new<'a>(
         kernels: impl IntoIterator<Item = &'a Wanted>,
@@ -68,6 +97,21 @@ impl Suite {
             names.push(kernel_name);
         }
         Ok(Suite { tests })
+    }
+
+    /// Keeps the tests of a part.
+    pub fn keep(&mut self, part: Part) {
+        let kernel = |test: Option<&Test>| test.map(|test| test.kernel.clone());
+        let ends = [kernel(self.tests.first()), kernel(self.tests.last())];
+        self.tests.retain(|test| {
+            let is_end = ends.iter().flatten().any(|end| Arc::ptr_eq(end, &test.kernel));
+            let is_quick = is_end && test.scenario.machine.tier == Tier::Quick;
+            match part {
+                Part::All => true,
+                Part::Quick => is_quick,
+                Part::Rest => !is_quick,
+            }
+        });
     }
 
     /// Starts running the selected tests, in threads of their own: kernels and machines in the order
@@ -181,5 +225,41 @@ impl Session {
         for thread in threads {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest;
+
+    #[test]
+    fn quick_and_rest_are_all_tests_without_overlap() {
+        let kernels = ["6.1", "6.12", "7.3"].map(|series| Wanted::Series(series.into()));
+        let names = |part| {
+            let mut suite = Suite::new(&kernels, guest::scenarios()).unwrap();
+            suite.keep(part);
+            suite.tests.into_iter().map(|test| test.name).collect::<Vec<_>>()
+        };
+        let (mut parts, mut all) = (names(Part::Quick), names(Part::All));
+        for (name, is_quick) in [
+            ("6.1::tree_plain", true),
+            ("7.3::tree_plain", true),
+            ("6.12::tree_plain", false),
+            ("7.3::parallel_mounts", false),
+        ] {
+            assert_eq!(parts.iter().any(|other| other == name), is_quick, "{name}");
+        }
+        parts.extend(names(Part::Rest));
+        parts.sort();
+        all.sort();
+        assert_eq!(parts, all);
+    }
+
+    #[test]
+    fn unknown_part_is_rejected() {
+        assert_eq!(Part::named("rest").unwrap(), Part::Rest);
+        let message = Part::named("fast").unwrap_err().to_string();
+        assert_eq!(message, "SEALMOUNT_TESTS=fast: must be all, quick or rest");
     }
 }
