@@ -28,17 +28,18 @@ pub struct Machine {
     pub boot_limit: Duration,
     /// From the last result to the end of QEMU. Usually a moment.
     pub off_limit: Duration,
-    /// The smallest test run that boots the machine.
+    /// A scenario that takes long needs a machine of [`Tier::Ci`].
     pub tier: Tier,
 }
 
-/// How much a run of the tests does; SEALMOUNT_TESTS selects one.
+/// The commands that boot a machine. SEALMOUNT_TESTS selects scenarios by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tier {
-    /// `tests/run`, on the oldest and the newest kernel: scenarios whose course depends on the kernel.
+    /// `tests/run` boots the machine on the oldest and the newest kernel, `tests/run ci` on every
+    /// kernel.
     Quick,
-    /// `tests/run ci`, on every kernel: also scenarios that take more than half a minute under
-    /// emulation.
+    /// Only `tests/run ci` boots the machine: it has a scenario that takes more than half a minute
+    /// under emulation.
     Ci,
 }
 
