@@ -7,7 +7,8 @@ use vm_tests::guest::FAULTS;
 use vm_tests::host::Lab;
 use vm_tests::host::kernels::{Kernel, Wanted};
 use vm_tests::host::qemu::{self, Failure, Verdict};
-use vm_tests::scenario::{Machine, Scenario};
+use vm_tests::machine::Machine;
+use vm_tests::scenario::Scenario;
 
 fn lab() -> Lab {
     Lab::new(Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap()).unwrap()
