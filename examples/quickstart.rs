@@ -1,24 +1,29 @@
-//! Mounts the bundled image as a system would at boot: copied into sealed memory and compared with
-//! its digest, in a mount namespace of its own that goes with this program.
+//! Mounts the bundled image as a system does at boot: the image is copied into sealed memory and compared
+//! with its digest. The mount is in a mount namespace that ends with this program.
 //!
-//!     cargo run --release --example quickstart     (as root)
+//! ```sh
+//! cargo run --release --example quickstart     # as root
+//! ```
 
 use std::fs::{self, File};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use sealmount::{DetachedMount, Error, Memory, MountOptions, ObjectVerity, Step, Verity};
+use sealmount::{
+    DetachedMount, Error, ErrorKind, Event, MemoryKind, MountOptions, ObjectVerity, Verity,
+};
 
 const DIGEST: &str = "9ddad2ef1b11a869370e222a70507d0c94ab025fdb2f62e8bd15b9345fb5f5c1";
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     if !rustix::process::geteuid().is_root() {
-        return Err("mounting takes root: run this as root".into());
+        return Err("mounting needs root: run this as root".into());
     }
     sealmount_sys::unshare_mount_namespace()?;
     sealmount_sys::mount_setattr_private()?;
 
-    // Beside the program: on a disk rather than a tmpfs, which could not have fs-verity.
+    // The files lie beside the program: its disk may have fs-verity, and a tmpfs cannot have it.
     let program = std::env::current_exe()?;
     let directory = tempfile::tempdir_in(program.parent().unwrap_or(Path::new(".")))?;
     let (image, objects, mount_point) = (
@@ -33,18 +38,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let mut options = MountOptions::new(&objects);
     options.digest = Some(DIGEST.parse()?);
-    options.copy = Some(Memory::Memfd);
+    options.copy = Some(MemoryKind::Memfd);
     println!("mount -o {}", options.to_text().display());
     let (mount, took) = match mount(&options, &image) {
-        Err(error @ Error::ObjectsNotVerity { .. }) => {
-            println!("  refused: {error}");
-            println!("\nThe objects cannot be enforced here. Once more, with noverity:\n");
-            options.verity = Some(Verity::Off);
+        Err(error) if error.kind() == ErrorKind::VerityUnavailable => {
+            println!("  rejected: {error}");
+            println!("\nThis system cannot verify the objects. Once more, with noverity:\n");
+            options.overlay.verity = Some(Verity::Off);
             mount(&options, &image)?
         }
         result => result?,
     };
-    let enforced = mount.verity() == ObjectVerity::Enforced;
+    let enforced = mount.verity() == Some(ObjectVerity::Enforced);
     mount.attach(&mount_point)?;
     println!("  mounted in {:.2} ms", took.as_secs_f64() * 1000.0);
 
@@ -69,17 +74,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Mounts, detached, and prints the steps.
+/// Makes a detached mount and prints the events.
 fn mount(options: &MountOptions, image: &Path) -> Result<(DetachedMount, Duration), Error> {
-    let mut steps = Vec::new();
+    let mut events = Vec::new();
     let start = Instant::now();
-    let mount = options.mount_with(image, &mut |step: Step| steps.push(step.to_string()));
+    let mount = options.mount_with_events(image, &mut |event| {
+        if !matches!(event, Event::Copying(_)) {
+            events.push(event.to_string());
+        }
+        ControlFlow::Continue(())
+    });
     let took = start.elapsed();
-    steps.iter().for_each(|step| println!("  {step}"));
+    events.iter().for_each(|event| println!("  {event}"));
     Ok((mount?, took))
 }
 
-/// Copies the objects, and enables fs-verity where the file system has it.
+/// Copies the objects, and enables fs-verity if the file system supports it.
 fn copy_objects(from: &Path, to: &Path) -> std::io::Result<()> {
     fs::create_dir(to)?;
     for entry in fs::read_dir(from)? {
@@ -89,7 +99,7 @@ fn copy_objects(from: &Path, to: &Path) -> std::io::Result<()> {
             copy_objects(&entry.path(), &copy)?;
         } else {
             fs::copy(entry.path(), &copy)?;
-            // A refusal shows when the objects are mounted with verity.
+            // If the file system does not support fs-verity, the mount with verity reports it.
             let sha256 = sealmount_sys::fsverity::HASH_ALG_SHA256;
             let _ = sealmount_sys::fsverity::enable(File::open(&copy)?, sha256);
         }
@@ -97,7 +107,7 @@ fn copy_objects(from: &Path, to: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// At most four entries of a directory, and what is below them.
+/// Prints at most four entries of a directory, and the entries below them.
 fn print_tree(directory: &Path, depth: usize) -> std::io::Result<()> {
     let mut paths: Vec<PathBuf> =
         fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;

@@ -1,26 +1,32 @@
-//! What the fuzz targets in fuzz/ see of the inside. Not part of the library: only cargo-fuzz sets
-//! `cfg(fuzzing)`.
+//! Internals for the fuzz targets in fuzz/. Not part of the library: only cargo-fuzz sets `cfg(fuzzing)`.
 
-use crate::digest::compute_digest;
+use std::ops::ControlFlow;
+
+use crate::digest::Digest;
 use crate::error::Error;
-use crate::image::{Header, ImageError, read_at};
+use crate::image::ImageProblem;
+use crate::image::header::{Accept, Header};
 use crate::location::Location;
+use crate::mount::Events;
 use crate::options::MountOptions;
+use crate::util::io::read_at;
 
-/// What [`Header::parse`] makes of the first bytes of an image: its size.
-pub fn parse_header(start: &[u8]) -> Result<u64, ImageError> {
-    Header::parse(start).map(|header| header.size())
+/// Returns the size of an image, in bytes, from its first bytes.
+pub fn parse_header(start: &[u8]) -> Result<u64, ImageProblem> {
+    let _ = Header::parse(start, Accept::AnyErofs).map(|header| header.size());
+    Header::parse(start, Accept::Composefs).map(|header| header.size())
 }
 
-/// Does all that [`MountOptions::mount`] does before it asks the kernel for a mount, but for a procfs
-/// of its own, which is one. Returns the bytes that would be mounted.
+/// Runs the stages of a mount up to the first mount, without a private procfs, which is a mount. Returns
+/// the bytes that would be mounted.
 pub fn prepare(options: &MountOptions, image: &Location) -> Result<Vec<u8>, Error> {
-    let prepared = options.prepare(image, None, &mut |_| {})?;
-    let mut content = vec![0; prepared.header.size() as usize];
-    let length = read_at(prepared.source.file(), &mut content, 0).unwrap();
-    assert_eq!(length, content.len(), "the header gives a size that is not that of the image");
+    let mut ignored = |_| ControlFlow::Continue(());
+    let (source, ..) = options.prepare(image.clone(), None, &mut Events(&mut ignored))?;
+    let mut content = vec![0; source.report().size as usize];
+    let length = read_at(&source, &mut content, 0).unwrap();
+    assert_eq!(length, content.len(), "the header gives another size than the image has");
     if let Some(digest) = options.digest {
-        assert_eq!(compute_digest(digest.algorithm(), &content), digest);
+        assert_eq!(Digest::of_bytes(digest.algorithm(), &content), digest);
     }
     Ok(content)
 }

@@ -1,14 +1,17 @@
-//! Compressed images, made by the programs that users have, through `copy`.
+//! Tests `copy` with compressed images from the usual programs.
 
 use std::fs;
 use std::io::Write;
 
 use proptest::prelude::*;
 use sealmount::{
-    Algorithm, Compression, Error, ImageError, Memory, MountOptions, SizeLimit, Step,
-    compute_digest,
+    Algorithm, Compression, Digest, Error, ErrorKind, Event, ImageProblem, MemoryKind,
+    MountOptions, SizeLimit, SourceError,
 };
-use test_support::{Sandbox, V1, V2, assert_is_manifest, large_image, sandbox, through};
+use test_support::{
+    Sandbox, V1, V2, assert_is_manifest, image_problem, large_image, mount_and_events, sandbox,
+    through,
+};
 
 const PROGRAMS: [(Compression, &[&str]); 3] = [
     (Compression::Zstd, &["zstd", "-19", "-c"]),
@@ -16,7 +19,7 @@ const PROGRAMS: [(Compression, &[&str]); 3] = [
     (Compression::Gzip, &["gzip", "-c"]),
 ];
 
-/// Whether this build has a decoder for what the program makes.
+/// Returns whether this build has a decoder for the output of the program.
 fn is_supported(program: &[&str]) -> bool {
     let formats = [
         ("zstd", cfg!(feature = "zstd")),
@@ -40,24 +43,30 @@ fn options(digest: bool) -> MountOptions {
     options
 }
 
-/// The error of mounting this.
-fn refused(sandbox: &Sandbox, options: &MountOptions, content: &[u8]) -> Error {
-    match options.mount(sandbox.file("refused", content)) {
+/// Returns the error of a mount of this content, which must fail.
+fn error_of(sandbox: &Sandbox, options: &MountOptions, content: &[u8]) -> Error {
+    match options.mount(sandbox.file("rejected", content)) {
         Err(error) => error,
         Ok(_) => panic!("mounted"),
     }
 }
 
-/// RLIMIT_DATA: all private writable memory of the process, anonymous or not, the first stack aside.
+/// Returns whether the decoder found damage.
+fn is_damaged(error: &Error) -> bool {
+    matches!(error, Error::Source(SourceError::Decompress { .. }))
+}
+
+/// Checks the memory of the helper with RLIMIT_DATA, which limits all private writable memory of the
+/// process, except the first stack.
 #[test]
-fn a_large_image_is_decompressed_in_8_mib_with_the_window() {
+fn large_image_mounts_within_8_mib_of_memory() {
     let Some(sandbox) = sandbox!() else { return };
     let mnt = sandbox.directory("mnt");
     let content = large_image(64 << 20);
-    let digest = compute_digest(Algorithm::Sha256, &content);
+    let digest = Digest::of_bytes(Algorithm::Sha256, &content);
     let basedir = V1.objects();
     let options = format!("copy,noverity,digest={digest},basedir={}", basedir.display());
-    // Windows of 2 MiB, 1 MiB and 32 KiB.
+    // The programs use windows of 2 MiB, 1 MiB and 32 KiB.
     for program in supported(&[&["zstd", "-3"], &["xz", "-1"], &["gzip"]]) {
         let image = sandbox.file("large", &through(program, &content));
         let (image, mnt_text) = (image.to_str().unwrap(), mnt.to_str().unwrap());
@@ -68,21 +77,22 @@ fn a_large_image_is_decompressed_in_8_mib_with_the_window() {
 }
 
 #[test]
-fn every_format_is_mounted() {
+fn every_compressed_format_mounts() {
     let Some(sandbox) = sandbox!() else { return };
     let mnt = sandbox.directory("mnt");
     for (format, program) in formats() {
         for fixture in [V1, V2] {
-            for memory in [Memory::Memfd, Memory::Ramfs] {
+            for memory in [MemoryKind::Memfd, MemoryKind::Ramfs] {
                 let compressed = through(program, &fs::read(fixture.image()).unwrap());
                 let image = sandbox.file("image", &compressed);
                 let mut options = fixture.copy_options();
                 options.copy = Some(memory);
-                let mut steps = Vec::new();
-                let mount = options.mount_with(&image, &mut |step| steps.push(step)).unwrap();
+                let (mount, events) = mount_and_events(&options, &image);
+                let mount = mount.unwrap();
+                assert_eq!(mount.report().unwrap().source.compression, Some(format));
                 assert!(matches!(
-                    steps[0],
-                    Step::ImageOpened { compression: Some(found), .. } if found == format,
+                    events[0],
+                    Event::ImageOpened { compression: Some(found), .. } if found == format,
                 ));
                 mount.attach(&mnt).unwrap();
                 fs::remove_file(image).unwrap();
@@ -94,16 +104,17 @@ fn every_format_is_mounted() {
 }
 
 #[test]
-fn images_of_many_spans_are_hashed_as_they_are() {
+fn compressed_image_of_many_spans_keeps_digest() {
     let Some(sandbox) = sandbox!() else { return };
-    // Around the spans of both algorithms, and more of them than threads can be waiting.
+    // The sizes lie around the spans of both algorithms. The largest sizes have more spans than threads
+    // can hold at once.
     for size in [256 << 10, 512 << 10, (512 << 10) + 4096, 9 << 20, (9 << 20) - 4096] {
         let image = large_image(size);
         for (_, program) in formats() {
             let path = sandbox.file("large", &through(&[program[0], "-1", "-c"], &image));
             for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
                 let mut options = options(false);
-                options.digest = Some(compute_digest(algorithm, &image));
+                options.digest = Some(Digest::of_bytes(algorithm, &image));
                 options.mount(&path).unwrap_or_else(|error| panic!("{size} {program:?}: {error}"));
             }
         }
@@ -111,7 +122,7 @@ fn images_of_many_spans_are_hashed_as_they_are() {
 }
 
 #[test]
-fn frames_are_taken_together() {
+fn concatenated_frames_mount_as_one_image() {
     let Some(sandbox) = sandbox!() else { return };
     let image = fs::read(V1.image()).unwrap();
     let (one, other) = image.split_at(5000);
@@ -122,7 +133,7 @@ fn frames_are_taken_together() {
     if !is_supported(&["zstd"]) {
         return;
     }
-    // Skippable frames: a magic number, a length, and what is skipped.
+    // A skippable frame has a magic number, a length, and skipped bytes.
     let skippable = [&[0x5a, 0x2a, 0x4d, 0x18, 3, 0, 0, 0][..], b"abc"].concat();
     let zstd = through(PROGRAMS[0].1, &image);
     let frames = [&skippable, &zstd, &skippable].map(Vec::as_slice).concat();
@@ -130,72 +141,67 @@ fn frames_are_taken_together() {
 }
 
 #[test]
-fn a_build_without_a_format_says_so() {
+fn build_without_decoder_reports_the_format() {
     let Some(sandbox) = sandbox!() else { return };
     for (format, program) in PROGRAMS {
         let compressed = through(program, &fs::read(V1.image()).unwrap());
         let result = options(false).mount(sandbox.file("image", &compressed));
         match result {
             Ok(_) => assert!(is_supported(program), "{format}"),
-            Err(Error::Image { problem: ImageError::CompressionUnsupported(found), .. }) => {
-                assert!(found == format && !is_supported(program), "{format}");
+            Err(error) => {
+                let expected = ImageProblem::CompressionUnsupported(format);
+                assert_eq!(image_problem(&error), Some(&expected), "{error}");
+                assert_eq!(error.kind(), ErrorKind::Unsupported);
+                assert!(!is_supported(program), "{format}");
             }
-            Err(error) => panic!("{format}: {error}"),
         }
     }
 }
 
 #[test]
-fn without_copy_it_is_refused() {
+fn compressed_image_without_copy_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     for (format, program) in formats() {
         let compressed = through(program, &fs::read(V1.image()).unwrap());
         let mut options = options(false);
         options.copy = None;
-        let error = refused(&sandbox, &options, &compressed);
-        let Error::Image { problem: ImageError::Compressed(found), .. } = &error else {
-            panic!("{error}");
-        };
-        assert_eq!(*found, format);
-        assert!(error.hint().unwrap().contains("copy"));
+        let error = error_of(&sandbox, &options, &compressed);
+        assert_eq!(image_problem(&error), Some(&ImageProblem::Compressed(format)), "{error}");
+        assert_eq!(error.kind(), ErrorKind::InvalidOptions);
+        assert_eq!(error.hint().unwrap().to_string(), "mount a copy: Image::copy");
+        assert_eq!(error.hint().unwrap().for_options(), "add the option copy");
     }
 }
 
 #[test]
-fn what_is_cut_off_or_goes_on_is_refused() {
+fn truncated_or_trailing_data_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let image = fs::read(V1.image()).unwrap();
     for (_, program) in formats() {
         let whole = through(program, &image);
         for length in [8, whole.len() / 3, whole.len() - 5, whole.len() - 1] {
-            let error = refused(&sandbox, &options(false), &whole[..length]);
-            assert!(matches!(error, Error::Decompress { .. }), "{length}: {error}");
+            let error = error_of(&sandbox, &options(false), &whole[..length]);
+            assert!(is_damaged(&error), "{length}: {error}");
         }
         for garbage in [&b"garbage behind the end of it"[..], b"\x7f"] {
-            let error = refused(&sandbox, &options(false), &[&whole, garbage].concat());
-            assert!(matches!(error, Error::Decompress { .. }), "{garbage:?}: {error}");
+            let error = error_of(&sandbox, &options(false), &[&whole, garbage].concat());
+            assert!(is_damaged(&error), "{garbage:?}: {error}");
         }
-        // A sound stream of something else, or of too little, or of too much.
-        let error = refused(&sandbox, &options(false), &through(program, &image[..8192]));
-        assert!(
-            matches!(error, Error::Image { problem: ImageError::TooShort { .. }, .. }),
-            "{error}",
-        );
+        // These streams are valid, but hold too little data, too much data, or another file.
+        let error = error_of(&sandbox, &options(false), &through(program, &image[..8192]));
+        assert!(matches!(image_problem(&error), Some(ImageProblem::TooShort { .. })), "{error}");
         let more = [image.as_slice(), &[0; 4096]].concat();
-        let error = refused(&sandbox, &options(false), &through(program, &more));
-        assert!(
-            matches!(error, Error::Image { problem: ImageError::TooLong { .. }, .. }),
-            "{error}",
-        );
-        let error = refused(&sandbox, &options(false), &through(program, &[7; 100_000]));
-        assert!(matches!(error, Error::Image { problem: ImageError::NotComposefs, .. }), "{error}");
-        let error = refused(&sandbox, &options(false), &through(program, b""));
-        assert!(matches!(error, Error::Image { problem: ImageError::Empty, .. }), "{error}");
+        let error = error_of(&sandbox, &options(false), &through(program, &more));
+        assert!(matches!(image_problem(&error), Some(ImageProblem::TooLong { .. })), "{error}");
+        let error = error_of(&sandbox, &options(false), &through(program, &[7; 100_000]));
+        assert_eq!(image_problem(&error), Some(&ImageProblem::NotComposefs), "{error}");
+        let error = error_of(&sandbox, &options(false), &through(program, b""));
+        assert_eq!(image_problem(&error), Some(&ImageProblem::Empty), "{error}");
     }
 }
 
-/// Makes of an xz file with CRC64 one whose check is of this kind: said by the flags of the stream's
-/// header, and again by those of its footer.
+/// Returns an xz file with another kind of check than CRC64. The flags in the header of the stream and
+/// the flags in the footer both name the kind.
 #[cfg(feature = "xz")]
 fn xz_with_check(file: &[u8], check: u8) -> Vec<u8> {
     let mut file = file.to_vec();
@@ -212,27 +218,28 @@ fn xz_with_check(file: &[u8], check: u8) -> Vec<u8> {
 
 #[cfg(feature = "xz")]
 #[test]
-fn a_check_of_an_unknown_kind_is_not_passed_over() {
+fn xz_with_unknown_check_type_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let image = fs::read(V1.image()).unwrap();
     let file = through(&["xz", "-c"], &image);
     assert_eq!(xz_with_check(&file, 4), file);
-    // Reserved, of 4, 8 and 64 bytes; the second takes the place of CRC64, so all else is sound.
+    // These kinds of checks are reserved, with 4, 8 and 64 bytes. The second has the size of CRC64, so
+    // the rest of the file is valid.
     for check in [2, 5, 13] {
-        let error = refused(&sandbox, &options(true), &xz_with_check(&file, check));
-        assert!(matches!(error, Error::Decompress { .. }), "{check}: {error}");
+        let error = error_of(&sandbox, &options(true), &xz_with_check(&file, check));
+        assert!(is_damaged(&error), "{check}: {error}");
         assert!(error.to_string().contains("check"), "{check}: {error}");
     }
-    // Behind a sound stream, too.
+    // The stream follows a valid stream here.
     let (one, other) = image.split_at(8192);
     let streams = [one, other].map(|part| through(&["xz", "-c"], part));
-    let error = refused(
+    let error = error_of(
         &sandbox,
         &options(true),
         &[&streams[0][..], &xz_with_check(&streams[1], 5)].concat(),
     );
-    assert!(matches!(error, Error::Decompress { .. }), "{error}");
-    // What has no check is left to the digest, as by xz(1).
+    assert!(is_damaged(&error), "{error}");
+    // Like xz(1), sealmount accepts a stream without a check. The digest covers the content.
     for check in ["none", "crc32", "sha256"] {
         let file = through(&["xz", "-C", check, "-c"], &image);
         options(true).mount(sandbox.file("image", &file)).unwrap();
@@ -241,7 +248,7 @@ fn a_check_of_an_unknown_kind_is_not_passed_over() {
 
 #[cfg(feature = "xz")]
 #[test]
-fn xz_padding_is_of_four_bytes() {
+fn xz_padding_not_multiple_of_4_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let (one, other) = (fs::read(V1.image()).unwrap(), through(&["xz", "-c"], b""));
     let one = through(&["xz", "-c"], &one);
@@ -251,7 +258,7 @@ fn xz_padding_is_of_four_bytes() {
             let result = options(true).mount(sandbox.file("padded", &content));
             match result {
                 Ok(_) => assert!(padding % 4 == 0, "{padding}"),
-                Err(Error::Decompress { .. }) => assert!(padding % 4 != 0, "{padding}"),
+                Err(error) if is_damaged(&error) => assert!(padding % 4 != 0, "{padding}"),
                 Err(error) => panic!("{padding}: {error}"),
             }
         }
@@ -260,31 +267,31 @@ fn xz_padding_is_of_four_bytes() {
 
 #[cfg(feature = "gzip")]
 #[test]
-fn only_zeros_may_follow_the_last_gzip_member() {
+fn gzip_with_nonzero_trailing_data_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let whole = through(&["gzip", "-n", "-c"], &fs::read(V1.image()).unwrap());
-    // More than is read at a time.
+    // The largest padding exceeds the size of one read.
     for padding in [1, 2, 7, 8, 9, 10, 18, 512, 300_000] {
         let mut padded = whole.clone();
         padded.resize(whole.len() + padding, 0);
         options(true).mount(sandbox.file("padded", &padded)).unwrap();
-        // Neither a member nor anything else may follow that.
+        // Nonzero bytes must not follow the padding, not even a member.
         for end in [&b"x"[..], &whole] {
-            let error = refused(&sandbox, &options(true), &[&padded, end].concat());
-            assert!(error.to_string().contains("something follows"), "{padding}: {error}");
+            let error = error_of(&sandbox, &options(true), &[&padded, end].concat());
+            assert!(error.to_string().contains("trailing data"), "{padding}: {error}");
         }
     }
     for length in 1..30 {
         let garbage = &b"garbage behind the end of a file"[..length];
-        let error = refused(&sandbox, &options(true), &[&whole, garbage].concat());
-        assert!(error.to_string().contains("something follows"), "{length}: {error}");
+        let error = error_of(&sandbox, &options(true), &[&whole, garbage].concat());
+        assert!(error.to_string().contains("trailing data"), "{length}: {error}");
     }
 }
 
-/// RFC 1952: the flag FHCRC says that two bytes of the header's CRC32 follow it.
+/// RFC 1952: with the flag FHCRC, two bytes of the header's CRC32 follow the header.
 #[cfg(feature = "gzip")]
 #[test]
-fn the_crc_of_a_gzip_header_is_checked() {
+fn gzip_with_wrong_header_crc_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let plain = through(&["gzip", "-n", "-c"], &fs::read(V1.image()).unwrap());
     let mut header = plain[..10].to_vec();
@@ -295,16 +302,16 @@ fn the_crc_of_a_gzip_header_is_checked() {
         let result = options(true).mount(sandbox.file("image", &content));
         match result {
             Ok(_) => assert!(is_right),
-            Err(Error::Decompress { .. }) => assert!(!is_right),
+            Err(error) if is_damaged(&error) => assert!(!is_right),
             Err(error) => panic!("{error}"),
         }
     }
 }
 
-/// At every length, and without a digest: what is cut off must be nothing, and the cut between two
-/// frames.
+/// Without a digest, a truncated stream mounts only if the cut lies between two frames and removes no
+/// byte of the image.
 #[test]
-fn no_stream_passes_that_is_cut_off() {
+fn stream_truncated_at_any_byte_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let image = fs::read(V1.image()).unwrap();
     let (one, other) = image.split_at(9000);
@@ -312,7 +319,7 @@ fn no_stream_passes_that_is_cut_off() {
     for (format, program) in formats() {
         let whole = through(program, &image);
         let frames = [one, b"", other, b"", b""].map(|part| through(program, part));
-        // Where frames end that nothing follows but frames of nothing.
+        // Only empty frames follow the frames that end here.
         let end = frames[..3].concat().len();
         let ends = [end, end + frames[3].len()];
         for (stream, ends) in [(whole, &[][..]), (frames.concat(), &ends)] {
@@ -322,7 +329,7 @@ fn no_stream_passes_that_is_cut_off() {
                 let is_end = ends.contains(&length);
                 match options.mount(&path) {
                     Ok(_) => assert!(is_end, "{format} {length}"),
-                    Err(Error::Decompress { .. } | Error::Image { .. }) => {
+                    Err(error) if is_damaged(&error) || image_problem(&error).is_some() => {
                         assert!(!is_end, "{format} {length}")
                     }
                     Err(error) => panic!("{format} {length}: {error}"),
@@ -336,58 +343,64 @@ fn no_stream_passes_that_is_cut_off() {
 
 #[cfg(feature = "zstd")]
 #[test]
-fn skippable_frames_are_no_image_and_are_whole() {
+fn skippable_frames_alone_or_truncated_are_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let skippable = [&[0x50, 0x2a, 0x4d, 0x18, 5, 0, 0, 0][..], b"12345"].concat();
     for count in [1, 2, 1000] {
-        let error = refused(&sandbox, &options(false), &skippable.repeat(count));
-        assert!(matches!(error, Error::Image { problem: ImageError::Empty, .. }), "{error}");
+        let error = error_of(&sandbox, &options(false), &skippable.repeat(count));
+        assert_eq!(image_problem(&error), Some(&ImageProblem::Empty), "{error}");
     }
     let image = through(&["zstd", "-c"], &fs::read(V1.image()).unwrap());
     for length in 1..skippable.len() {
-        let error = refused(&sandbox, &options(true), &[&image, &skippable[..length]].concat());
-        assert!(matches!(error, Error::Decompress { .. }), "{length}: {error}");
+        let error = error_of(&sandbox, &options(true), &[&image, &skippable[..length]].concat());
+        assert!(is_damaged(&error), "{length}: {error}");
     }
 }
 
 #[test]
-fn a_bomb_is_refused_before_it_goes_off() {
+fn decompression_bomb_is_rejected_early() {
     let Some(sandbox) = sandbox!() else { return };
-    // A gigabyte of zeros behind the image.
+    // A gigabyte of zeros follows the image.
     let mut bomb = fs::read(V1.image()).unwrap();
     bomb.resize(1 << 30, 0);
     for program in supported(&[&["zstd", "-c"], &["gzip", "-1", "-c"]]) {
-        let error = refused(&sandbox, &options(false), &through(program, &bomb));
-        let Error::Image { problem: ImageError::TooLong { size, .. }, .. } = error else {
+        let error = error_of(&sandbox, &options(false), &through(program, &bomb));
+        let Some(ImageProblem::TooLong { size, .. }) = image_problem(&error) else {
             panic!("{error}");
         };
-        assert!(size < 1 << 20, "{size} bytes were decompressed before it was noticed");
+        assert!(*size < 1 << 20, "sealmount decompressed {size} bytes before the rejection");
     }
-    // One that says how large it is.
+    // The superblock gives the size of the whole image.
     bomb[1060..1064].copy_from_slice(&(1u32 << 18).to_le_bytes());
     for program in supported(&[&["zstd", "-1", "-c"], &["gzip", "-1", "-c"]]) {
         let mut options = options(false);
         options.size = Some(SizeLimit::Bytes(100 << 20));
-        let error = refused(&sandbox, &options, &through(program, &bomb));
-        assert!(matches!(error, Error::NotEnoughMemory { size: 0x4000_0000, .. }), "{error}");
+        let error = error_of(&sandbox, &options, &through(program, &bomb));
+        let Error::Source(SourceError::LimitExceeded { size, compression: None, .. }) = &error
+        else {
+            panic!("{error}");
+        };
+        assert_eq!(*size, 0x4000_0000);
+        assert_eq!(error.kind(), ErrorKind::LimitExceeded);
     }
 }
 
 #[test]
-fn a_window_beyond_the_limit_is_refused() {
+fn window_above_128_mib_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
-    // --long=31 makes zstd say that two gigabytes are referred back to, if the size is not known.
+    // With --long=31 and an unknown size, the header of zstd requires a window of two gigabytes.
     let image = fs::read(V1.image()).unwrap();
     let dictionary = "--lzma2=preset=0,dict=192MiB";
     let wide: [&[&str]; 3] =
         [&["zstd", "--long=28", "-c"], &["zstd", "--long=31", "-c"], &["xz", dictionary, "-c"]];
     for program in supported(&wide) {
-        let error = refused(&sandbox, &options(false), &through(program, &image));
-        assert!(matches!(error, Error::WindowTooLarge { .. }), "{program:?}: {error}");
+        let error = error_of(&sandbox, &options(false), &through(program, &image));
+        let is_window = matches!(error, Error::Source(SourceError::WindowTooLarge { .. }));
+        assert!(is_window, "{program:?}: {error}");
         assert!(error.to_string().contains("128 MiB"), "{error}");
-        assert!(error.hint().unwrap().contains("without --long"), "{error}");
+        assert!(error.hint().unwrap().to_string().contains("without --long"), "{error}");
     }
-    // The limit itself.
+    // sealmount accepts a window of exactly 128 MiB.
     let dictionary = "--lzma2=preset=0,dict=128MiB";
     for program in supported(&[&["zstd", "--long=27", "-c"], &["xz", dictionary, "-c"]]) {
         options(true).mount(sandbox.file("wide", &through(program, &image))).unwrap();
@@ -395,7 +408,7 @@ fn a_window_beyond_the_limit_is_refused() {
 }
 
 #[test]
-fn damage_never_passes() {
+fn damaged_stream_is_rejected_or_keeps_the_image() {
     let Some(sandbox) = sandbox!() else { return };
     let image = fs::read(V1.image()).unwrap();
     let compressed: Vec<_> = formats().map(|(_, program)| through(program, &image)).collect();
@@ -408,9 +421,9 @@ fn damage_never_passes() {
         let at = at.index(damaged.len());
         damaged[at] ^= flip;
         let path = sandbox.file("damaged", &damaged);
-        // A header's unused bits may change; what is mounted then is the image all the same.
+        // A change of unused bits in a header leaves the image unchanged.
         let mounted = options(true).mount(&path).is_ok();
         let without_digest = options(false).mount(&path).is_ok();
-        prop_assert_eq!(mounted, without_digest, "a checksum lets pass what the digest does not");
+        prop_assert_eq!(mounted, without_digest, "a checksum accepts a stream that the digest rejects");
     });
 }

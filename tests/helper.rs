@@ -1,4 +1,4 @@
-//! mount.composefs: called directly, and by mount(8).
+//! Tests mount.composefs, called directly and by mount(8).
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::mount::{UnmountFlags, mount_bind, unmount};
 use test_support::{
     Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, large_image, mount_at,
     mount_composefs, mounts, run, sandbox, umount, umount_8,
@@ -19,7 +20,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
-/// Runs the helper, which must exit with `status` and say each of `texts`.
+/// Runs the helper, which must exit with `status` and a message that contains each of `texts`.
 fn fails(arguments: &[&str], status: i32, texts: &[&str]) {
     let output = mount_composefs!(arguments);
     let message = stderr(&output);
@@ -37,40 +38,48 @@ fn succeeds(arguments: &[&str]) -> Output {
 }
 
 #[test]
-fn incorrect_calls_exit_with_1() {
+fn incorrect_call_fails_with_status_1() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
     let basedir = &basedir();
-    fails(&[], 1, &["two operands", "0 given", "--help"]);
-    fails(&[image], 1, &["1 given"]);
-    fails(&[image, mnt, mnt, "-o", basedir], 1, &["3 given"]);
-    fails(&[image, mnt], 1, &["basedir= is missing"]);
+    fails(&[], 1, &["expected an image and a directory, got 0 operands", "--help"]);
+    fails(&[image], 1, &["got 1 operands"]);
+    fails(&[image, mnt, mnt, "-o", basedir], 1, &["got 3 operands"]);
+    fails(&[image, mnt], 1, &["no object directory given", "hint: add basedir="]);
     fails(&[image, mnt, "-o"], 1, &["-o"]);
     fails(&[image, mnt, "-x", "-o", basedir], 1, &["-x"]);
     fails(&[image, mnt, "-t", "ext4", "-o", basedir], 1, &["ext4"]);
-    fails(&[image, mnt, "-o", basedir, "-o", "frobnicate"], 1, &["unknown option frobnicate"]);
+    fails(
+        &[image, mnt, "-o", basedir, "-o", "frobnicate"],
+        1,
+        &["cannot use the option frobnicate: unknown"],
+    );
     fails(&[image, mnt, "-o", basedir, "-o", "digest=12"], 1, &["digest="]);
-    fails(&[image, mnt, "-o", basedir, "-N", "/dev/null"], 32, &["/dev/null", "namespace"]);
+    fails(
+        &[image, mnt, "-o", basedir, "-N", "/dev/null"],
+        1,
+        &["/dev/null", "namespace", "hint: give"],
+    );
 }
 
 #[test]
-fn what_is_misunderstood_most_easily_is_explained() {
+fn common_mistake_reports_its_cause() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
     let basedir = &basedir();
     let quoted = &format!("{basedir},upperdir=\"/a,b\"");
-    // What is misspelt is missing, too.
-    fails(&[image, mnt, "-o", "basdir=/objects"], 1, &["unknown option basdir"]);
+    // A misspelt option is reported before the missing option.
+    fails(&[image, mnt, "-o", "basdir=/objects"], 1, &["cannot use the option basdir: unknown"]);
     fails(&[image, mnt, "-o", &format!("{basedir},remount")], 1, &["remount", "remount,bind"]);
-    fails(&[image, mnt, "-o", quoted], 1, &["unknown option b\"", "quotes do not"]);
-    fails(&["", mnt, "-o", basedir], 1, &["an empty operand"]);
-    fails(&[image, "", "-o", basedir], 1, &["an empty operand"]);
-    fails(&[image, mnt, "-o", basedir, "-N", ""], 1, &["an empty -N"]);
-    // It would escape the comma that joins the two, and the option behind it.
+    fails(&[image, mnt, "-o", quoted], 1, &["the option b\": unknown", "quotes do not"]);
+    fails(&["", mnt, "-o", basedir], 1, &["empty operand"]);
+    fails(&[image, "", "-o", basedir], 1, &["empty operand"]);
+    fails(&[image, mnt, "-o", basedir, "-N", ""], 1, &["empty -N"]);
+    // The backslash would escape the comma that joins the two values.
     let escape = &format!("{basedir}\\");
-    fails(&[image, mnt, "-o", escape, "-o", "noexec"], 1, &["ends in a backslash"]);
+    fails(&[image, mnt, "-o", escape, "-o", "noexec"], 1, &["cannot end in a backslash"]);
     let escaped = &format!("{basedir}\\\\");
     fails(&[image, mnt, "-o", escaped, "-o", "noexec"], 32, &["object directory", "objects\\:"]);
     fails(&["/dev/loop-control", mnt, "-o", basedir], 32, &["character device"]);
@@ -78,23 +87,27 @@ fn what_is_misunderstood_most_easily_is_explained() {
 }
 
 #[test]
-fn a_message_is_one_line_and_nothing_for_a_terminal_to_act_on() {
+fn message_reports_control_characters_escaped() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (sandbox.path("a\nb\x1b[31m.cfs"), sandbox.directory("mnt"));
     fs::copy(V1.image(), &image).unwrap();
     let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
-    // As from a file with the line ends of another system.
+    // Files with CR LF line ends yield options that end in a carriage return.
     let missing = format!("basedir={}\r", sandbox.path("missing").display());
-    fails(&[image, mnt, "-o", &missing], 32, &["missing\\x0d: No such file"]);
-    let said = stderr(&succeeds(&[image, mnt, "-v", "-o", &basedir()]));
-    assert!(said.contains("a\\x0ab\\x1b[31m.cfs"), "{said:?}");
-    assert!(said.lines().all(|line| line.starts_with("mount.composefs: ")), "{said:?}");
-    assert!(said.contains("read-only: there is no upperdir"), "{said}");
+    fails(
+        &[image, mnt, "-o", &missing],
+        32,
+        &["missing\\x0d: cannot open the directory: No such file"],
+    );
+    let message = stderr(&succeeds(&[image, mnt, "-v", "-o", &basedir()]));
+    assert!(message.contains("a\\x0ab\\x1b[31m.cfs"), "{message:?}");
+    assert!(message.lines().all(|line| line.starts_with("mount.composefs: ")), "{message:?}");
+    assert!(message.contains("read-only: there is no upperdir"), "{message}");
     umount(Path::new(mnt));
 }
 
 #[test]
-fn files_may_be_limited_in_size() {
+fn copy_above_file_size_limit_reports_ulimit() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     for copy in ["memfd", "ramfs"] {
@@ -112,7 +125,79 @@ fn files_may_be_limited_in_size() {
 }
 
 #[test]
-fn mounts_that_fail_exit_with_32_and_say_why() {
+fn exit_status_follows_error_kind() {
+    let Some(sandbox) = sandbox!() else { return };
+    let mnt = sandbox.directory("mnt");
+    let (mnt, basedir) = (mnt.to_str().unwrap(), &basedir());
+    let image = V1.image();
+    let image = image.to_str().unwrap();
+    let copy = &format!("{basedir},copy");
+    let text = sandbox.file("text", b"hello\n".repeat(1000).as_slice());
+
+    // InvalidOptions
+    fails(&[image, mnt, "-o", basedir, "-o", "size=1m"], 1, &["no copy requested"]);
+    // LimitExceeded: the image has 24576 bytes.
+    let limited = &format!("{copy},size=20480");
+    fails(&[image, mnt, "-o", limited], 2, &["has 24576 bytes", "limit for the copy is 20480"]);
+    // NotAnImage
+    fails(&[text.to_str().unwrap(), mnt, "-o", copy], 32, &["not a composefs image"]);
+    // DigestMismatch
+    let wrong = &format!("{copy},noverity,digest={}", "0".repeat(64));
+    fails(&[image, mnt, "-o", wrong], 32, &["its fs-verity digest is"]);
+    // PermissionDenied
+    let output = Command::new("setpriv")
+        .args(["--bounding-set=-sys_admin", env!("CARGO_BIN_EXE_mount-composefs")])
+        .args([image, mnt, "-o", copy])
+        .output()
+        .unwrap();
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("Operation not permitted"), "{message}");
+    // Busy: /dev has no node for any loop device, so all attempts fail.
+    let dev = sandbox.directory("dev");
+    let control = sandbox.file("dev/loop-control", b"");
+    mount_bind("/dev/loop-control", &control).unwrap();
+    // Rust opens /dev/null for the standard input of a child.
+    mount_bind("/dev/null", sandbox.file("dev/null", b"")).unwrap();
+    rustix::mount::mount_bind_recursive(&dev, "/dev").unwrap();
+    fails(&[image, mnt, "-o", copy], 2, &["no free loop device after 1000 attempts", "hint: "]);
+    unmount("/dev", UnmountFlags::DETACH).unwrap();
+    assert!(mount_at(Path::new(mnt)).is_none());
+}
+
+#[test]
+fn tryverity_with_digest_requires_verity() {
+    let Some(sandbox) = sandbox!() else { return };
+    let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
+    let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+    let options = |verity| format!("{},copy,digest={},{verity}", basedir(), V1.digest);
+    for verity in ["tryverity", "verity", "verity=require"] {
+        fails(&[image, mnt, "-o", &options(verity)], 32, &["cannot enforce verity", "noverity"]);
+    }
+    // A digest alone requires verity too.
+    let alone = format!("{},copy,digest={}", basedir(), V1.digest);
+    fails(&[image, mnt, "-o", &alone], 32, &["cannot enforce verity", "noverity"]);
+    assert!(mount_at(Path::new(mnt)).is_none());
+}
+
+#[test]
+fn verity_try_with_digest_mounts_without_fs_verity() {
+    let Some(sandbox) = sandbox!() else { return };
+    let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
+    let (image, mnt_text) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+    let options = format!("{},copy,digest={},verity=try", basedir(), V1.digest);
+    let message = stderr(&succeeds(&["-v", image, mnt_text, "-o", &options]));
+    assert!(message.contains("objects are not verified: in an object directory, "), "{message}");
+    assert!(message.contains(V1.digest), "{message}");
+    assert_is_manifest(&mnt);
+    umount(&mnt);
+    // The image itself must have the digest.
+    let wrong = options.replace(V1.digest, &"1".repeat(64));
+    fails(&[image, mnt_text, "-o", &wrong], 32, &["its fs-verity digest is", V1.digest]);
+}
+
+#[test]
+fn failed_mount_reports_cause_and_status_32() {
     let Some(sandbox) = sandbox!() else { return };
     let mnt = sandbox.directory("mnt");
     let (mnt, basedir) = (mnt.to_str().unwrap(), &basedir());
@@ -135,10 +220,10 @@ fn mounts_that_fail_exit_with_32_and_say_why() {
 }
 
 #[test]
-fn without_permission_it_says_so() {
+fn unprivileged_mount_reports_need_for_root() {
     let Some(_sandbox) = sandbox!() else { return };
-    // Where an ordinary user gets at the files, wherever the project was checked out: that may be
-    // below this directory, so they are read first.
+    // An ordinary user can reach files in /tmp. The source tree may be below /tmp too, so the test
+    // reads the files before a tmpfs hides the tree.
     let directory = Path::new("/tmp");
     let (helper, image) = (directory.join("mount.composefs"), directory.join("image.cfs"));
     let contents = [env!("CARGO_BIN_EXE_mount-composefs").into(), V1.image()].map(fs::read);
@@ -147,7 +232,7 @@ fn without_permission_it_says_so() {
         fs::write(path, content.unwrap()).unwrap();
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
     }
-    let nobody = |options: &str| {
+    let call_without_privileges = |options: &str| {
         Command::new("setpriv")
             .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
             .args([helper.as_path(), &image, directory])
@@ -156,15 +241,15 @@ fn without_permission_it_says_so() {
             .unwrap()
     };
     for options in ["ro", "copy"] {
-        let output = nobody(options);
+        let output = call_without_privileges(options);
         let message = stderr(&output);
         assert_eq!(output.status.code(), Some(1), "{options}: {message}");
-        assert!(message.contains("takes root"), "{options}: {message}");
+        assert!(message.contains("mounting needs root"), "{options}: {message}");
     }
 }
 
 #[test]
-fn what_cannot_be_said_stops_no_mount() {
+fn unwritable_stderr_keeps_mount_and_status() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let full = || fs::File::options().write(true).open("/dev/full").unwrap();
@@ -181,7 +266,7 @@ fn what_cannot_be_said_stops_no_mount() {
 }
 
 #[test]
-fn operands_and_options_come_in_any_order() {
+fn operands_and_options_in_any_order_mount() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (i, d) = (image.to_str().unwrap(), mnt.to_str().unwrap());
@@ -200,7 +285,7 @@ fn operands_and_options_come_in_any_order() {
 }
 
 #[test]
-fn fake_does_everything_but_attach() {
+fn fake_mount_verifies_and_leaves_no_mount() {
     let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("fake.cfs");
     fs::copy(V1.image(), &image).unwrap();
@@ -208,8 +293,8 @@ fn fake_does_everything_but_attach() {
     let before = format!("{:?}", mounts());
     let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
     let options = format!("{},copy,noverity,digest={}", basedir(), V1.digest);
-    let said = stderr(&succeeds(&["-fv", image, mnt, "-o", &options]));
-    assert!(said.contains(V1.digest) && said.contains("loop device"), "{said}");
+    let message = stderr(&succeeds(&["-fv", image, mnt, "-o", &options]));
+    assert!(message.contains(V1.digest) && message.contains("loop device"), "{message}");
     assert_eq!(format!("{:?}", mounts()), before);
     assert_no_loop_device(image);
 
@@ -220,17 +305,21 @@ fn fake_does_everything_but_attach() {
 }
 
 #[test]
-fn sloppy_tolerates_only_what_is_unknown() {
+fn sloppy_mount_ignores_only_unknown_options() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (i, d) = (image.to_str().unwrap(), mnt.to_str().unwrap());
-    let said = stderr(&succeeds(&["-sv", i, d, "-o", &format!("{},bogus=1", basedir())]));
-    assert!(said.contains("bogus"), "{said}");
-    fails(&["-s", i, d, "-o", &format!("{},ro=1", basedir())], 1, &["ro takes no value"]);
+    let message = stderr(&succeeds(&["-sv", i, d, "-o", &format!("{},bogus=1", basedir())]));
+    assert!(message.contains("bogus"), "{message}");
+    fails(
+        &["-s", i, d, "-o", &format!("{},ro=1", basedir())],
+        1,
+        &["cannot use ro: the option takes no value"],
+    );
 }
 
 #[test]
-fn help_and_version_are_printed() {
+fn help_and_version_report_to_stdout() {
     for (argument, text) in
         [("-h", "basedir="), ("--help", "Usage"), ("-V", env!("CARGO_PKG_VERSION"))]
     {
@@ -238,7 +327,8 @@ fn help_and_version_are_printed() {
         assert!(String::from_utf8(output.stdout).unwrap().contains(text), "{argument}");
         assert!(output.stderr.is_empty());
     }
-    // Every option of README.md's table, but for those that are "as for mount(8)".
+    // --help must list every option of the table in README.md, except the options that mount(8)
+    // documents.
     let help = String::from_utf8(succeeds(&["--help"]).stdout).unwrap();
     let table = include_str!("../README.md").split("## Options").nth(1).unwrap();
     let table = table.split("## ").next().unwrap();
@@ -250,8 +340,8 @@ fn help_and_version_are_printed() {
         assert!(!is_option || help.contains(name), "{name} is not in --help");
         count += usize::from(is_option);
     }
-    assert!(count > 10, "{count} options were found");
-    // Who has read enough is no failure.
+    assert!(count > 10, "the test found only {count} options");
+    // A reader that closes the pipe has read enough, so the helper succeeds.
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let mut helper = Command::new(env!("CARGO_BIN_EXE_mount-composefs"));
@@ -259,7 +349,7 @@ fn help_and_version_are_printed() {
 }
 
 #[test]
-fn nothing_is_said_without_v() {
+fn mount_without_verbose_reports_nothing() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let output = succeeds(&[image.to_str().unwrap(), mnt.to_str().unwrap(), "-o", &basedir()]);
@@ -267,7 +357,7 @@ fn nothing_is_said_without_v() {
 }
 
 #[test]
-fn nobody_has_to_listen() {
+fn verbose_with_closed_pipe_still_mounts() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (reader, writer) = std::io::pipe().unwrap();
@@ -279,7 +369,7 @@ fn nobody_has_to_listen() {
     umount(&mnt);
 }
 
-/// What the helper writes to a terminal that script(1) makes.
+/// Returns the output of the helper on a terminal that script(1) makes.
 fn on_a_terminal(flag: &str, image: &Path, mnt: &Path) -> String {
     let helper = env!("CARGO_BIN_EXE_mount-composefs");
     let call =
@@ -290,11 +380,11 @@ fn on_a_terminal(flag: &str, image: &Path, mnt: &Path) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Calls `mount` with images that take longer and longer to decompress, until one takes a second and a
-/// half.
+/// Calls `mount` with images that need more and more time to decompress, until a mount needs 1.5
+/// seconds.
 fn until_it_takes_long(sandbox: &Sandbox, mut mount: impl FnMut(&Path)) {
     const STREAM: usize = 16 * 1024 * 1024;
-    // As many streams as it takes, of noise of four bits a byte: the slowest thing there is for xz.
+    // The streams are noise with four bits per byte, which xz decompresses slowly.
     let mut state = 1_u32;
     let mut noise = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -313,39 +403,39 @@ fn until_it_takes_long(sandbox: &Sandbox, mut mount: impl FnMut(&Path)) {
             return;
         }
     }
-    panic!("a copy of 1 GiB takes less than 1.5 seconds");
+    panic!("a copy of 1 GiB needs less than 1.5 seconds");
 }
 
 #[test]
-fn a_copy_that_takes_long_shows_its_progress_on_a_terminal() {
+fn long_copy_on_terminal_reports_progress() {
     let Some(sandbox) = sandbox!() else { return };
     let mnt = sandbox.directory("mnt");
     let short = on_a_terminal("-v", &V1.image(), &mnt);
     assert!(short.contains("copied into") && !short.contains("copying ["), "{short}");
     umount(&mnt);
 
-    let (mut said, mut long) = (String::new(), PathBuf::new());
+    let (mut message, mut long) = (String::new(), PathBuf::new());
     until_it_takes_long(&sandbox, |image| {
-        said = on_a_terminal("-v", image, &mnt);
+        message = on_a_terminal("-v", image, &mnt);
         long = image.to_owned();
         umount(&mnt);
     });
-    assert!(said.contains("\rcopying [") && said.contains("%"), "{said}");
-    assert!(said.contains("\r\x1b[Kmount.composefs: image "), "{said}");
+    assert!(message.contains("\rcopying [") && message.contains("%"), "{message}");
+    assert!(message.contains("\r\x1b[Kmount.composefs: image "), "{message}");
 
-    // Without -v nothing is said, nor is a bar where nobody would see it.
+    // Without -v the helper prints nothing. Without a terminal the helper draws no bar.
     assert_eq!(on_a_terminal("", &long, &mnt), "");
     umount(&mnt);
     let options = format!("copy,{}", basedir());
     let (long, mnt_text) = (long.to_str().unwrap(), mnt.to_str().unwrap());
-    let said = stderr(&succeeds(&["-v", "-o", &options, long, mnt_text]));
-    assert!(said.contains("copied into"), "{said}");
-    assert!(!said.contains("copying") && !said.contains(['\r', '\x1b']), "{said}");
+    let message = stderr(&succeeds(&["-v", "-o", &options, long, mnt_text]));
+    assert!(message.contains("copied into"), "{message}");
+    assert!(!message.contains("copying") && !message.contains(['\r', '\x1b']), "{message}");
     umount(&mnt);
 }
 
 #[test]
-fn n_mounts_in_another_namespace() {
+fn namespace_option_mounts_in_other_namespace() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
     let (i, d) = (image.to_str().unwrap(), mnt.to_str().unwrap());
@@ -369,7 +459,7 @@ fn n_mounts_in_another_namespace() {
     other.wait().unwrap();
 }
 
-/// The sandbox with the helper installed as /sbin/mount.composefs, for its namespace only.
+/// Installs the helper as /sbin/mount.composefs, in the mount namespace of the sandbox.
 fn install(sandbox: &Sandbox) {
     let (upper, work) = (sandbox.directory("sbin"), sandbox.directory("sbin.work"));
     let helper = upper.join("mount.composefs");
@@ -390,7 +480,7 @@ fn findmnt(mount_point: &Path, column: &str) -> String {
 }
 
 #[test]
-fn mount_8_umount_8_and_findmnt_8_work() {
+fn mount_8_mounts_and_umount_8_leaves_no_mount() {
     let Some(sandbox) = sandbox!() else { return };
     install(&sandbox);
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
@@ -417,13 +507,13 @@ fn mount_8_umount_8_and_findmnt_8_work() {
     mount(&options, &["-f"]);
     assert!(mount_at(&mnt).is_none());
     mount(&options, &["-s", "-n"]);
-    // By its source, too.
+    // umount(8) also accepts the source.
     umount_8(&image);
     assert!(mount_at(&mnt).is_none());
 }
 
 #[test]
-fn mount_a_mounts_what_fstab_says_once() {
+fn mount_a_mounts_each_fstab_entry_once() {
     let Some(sandbox) = sandbox!() else { return };
     install(&sandbox);
     let (one, other) = (sandbox.directory("one"), sandbox.directory("with space"));
@@ -450,7 +540,7 @@ fn mount_a_mounts_what_fstab_says_once() {
     assert!(options.contains(&"nosuid".into()) && !options.contains(&"noexec".into()));
     let mounted = mounts().len();
     mount_a();
-    assert_eq!(mounts().len(), mounted, "what is mounted is not mounted again");
+    assert_eq!(mounts().len(), mounted, "the helper mounted an image twice");
     umount_8(&one);
     umount_8(&other);
 }

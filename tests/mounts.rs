@@ -1,30 +1,35 @@
-//! The library, with real mounts on the running kernel.
+//! Tests the library with real mounts on the running kernel.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
+use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 
+use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use sealmount::{
-    Atime, DirectoryRole, Errno, Error, ImageError, Location, Memory, MountAttributes,
-    MountOptions, NotVerity, ObjectVerity, Operation, Rung, Step, UpperLayer, VerifiedBy, Verity,
+    Atime, AttachProblem, CopyOptions, Digest, DirectoryRole, ErofsError, Error, ErrorKind, Event,
+    Format, Hint, Image, ImageError, ImageProblem, LayerMethod, Location, MemoryKind, Method,
+    MountOptions, ObjectVerity, Operation, OverlayError, SizeLimit, SourceError, SourceMethod,
+    UpperLayer, VerifiedBy, Verity, VerityUnavailable,
 };
 
 use test_support::{
     Fixture, V1, V2, assert_has_hard_link, assert_is_manifest, assert_is_manifest_mapped,
-    assert_no_loop_device, loop_devices, mount_at, mounts, sandbox, umount,
+    assert_no_loop_device, image_problem, loop_devices, mount_and_events, mount_at, mounts,
+    sandbox, umount,
 };
 
 #[test]
-fn both_formats_plain_and_copied_show_the_manifest() {
+fn both_formats_mount_with_and_without_copy() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     for fixture in [V1, V2] {
         let mut ramfs = fixture.copy_options();
-        ramfs.copy = Some(Memory::Ramfs);
+        ramfs.copy = Some(MemoryKind::Ramfs);
         for options in [fixture.options(), fixture.copy_options(), ramfs] {
             let mount = options.mount(fixture.image()).unwrap();
             mount.attach(&mount_point).unwrap();
@@ -38,7 +43,7 @@ fn both_formats_plain_and_copied_show_the_manifest() {
 }
 
 #[test]
-fn a_copy_uses_nothing_of_its_source() {
+fn copy_stays_intact_without_its_source() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let source = sandbox.tmpfs("source");
@@ -48,19 +53,19 @@ fn a_copy_uses_nothing_of_its_source() {
         fs::copy(V1.image(), &image).unwrap();
         options.mount(&image).unwrap().attach(&mount_point).unwrap();
     };
-    // So that the test can tell: without copy the file system is in use.
+    // Without a copy, the mount keeps the file system of the image busy.
     attach(V1.options());
     assert_eq!(unmount(&source, UnmountFlags::empty()), Err(Errno::BUSY));
     umount(&mount_point);
     assert_no_loop_device(image.to_str().unwrap());
 
-    for memory in [Memory::Memfd, Memory::Ramfs] {
+    for memory in [MemoryKind::Memfd, MemoryKind::Ramfs] {
         let source = sandbox.tmpfs(&format!("source of {memory:?}"));
         copy_outlives(memory, &source, &mount_point);
     }
 }
 
-fn copy_outlives(memory: Memory, source: &Path, mount_point: &Path) {
+fn copy_outlives(memory: MemoryKind, source: &Path, mount_point: &Path) {
     let image = source.join("image.cfs");
     fs::copy(V1.image(), &image).unwrap();
     let mut options = V1.copy_options();
@@ -77,7 +82,7 @@ fn copy_outlives(memory: Memory, source: &Path, mount_point: &Path) {
 }
 
 #[test]
-fn the_loop_device_of_a_copy_has_a_name_and_goes_with_the_last_unmount() {
+fn loop_device_of_copy_stays_until_last_unmount() {
     let Some(sandbox) = sandbox!() else { return };
     let (one, other) = (sandbox.directory("one"), sandbox.directory("other"));
     let image = sandbox.path("named.cfs");
@@ -94,31 +99,28 @@ fn the_loop_device_of_a_copy_has_a_name_and_goes_with_the_last_unmount() {
     assert_no_loop_device(image.to_str().unwrap());
 }
 
-/// What the library asked the kernel for, as the kernel shows it.
+/// Checks the seals of the copy and the attributes of the loop device, as the kernel shows them.
 #[test]
-fn a_copy_is_sealed_and_its_loop_device_read_only() {
+fn copy_uses_sealed_memfd_and_read_only_loop_device() {
     let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("sealed.cfs");
     fs::copy(V1.image(), &image).unwrap();
     let name = format!("/memfd:sealmount:{} (deleted)", image.display());
-    let mut seals = Vec::new();
-    let mut device = None;
-    let mount = V1.copy_options().mount_with(&image, &mut |step| match step {
-        Step::Copied { .. } => {
-            for entry in fs::read_dir("/proc/self/fd").unwrap() {
-                let link = entry.unwrap().path();
-                if fs::read_link(&link).is_ok_and(|target| target.as_os_str() == name.as_str()) {
-                    seals.push(rustix::fs::fcntl_get_seals(File::open(link).unwrap()).unwrap());
-                }
-            }
-        }
-        Step::LoopDevice { device: path } => device = Some(path),
-        _ => {}
-    });
+    let mut copy = CopyOptions::new(MemoryKind::Memfd);
+    copy.digest = Some(V1.digest());
+    let source = Image::open(&image).unwrap().copy(&copy).unwrap();
+    let mut memfds = 0;
+    for entry in fs::read_dir("/proc/self/fd").unwrap() {
+        let link = fs::read_link(entry.unwrap().path());
+        memfds += usize::from(link.is_ok_and(|target| target.as_os_str() == name.as_str()));
+    }
+    assert_eq!(memfds, 1);
     use rustix::fs::SealFlags as S;
-    let [seals] = seals[..] else { panic!("{} memfds have that name", seals.len()) };
+    let seals = rustix::fs::fcntl_get_seals(&source).unwrap();
     assert!(seals.contains(S::SEAL | S::SHRINK | S::GROW | S::WRITE), "{seals:?}");
-    let device = device.unwrap();
+    let mount = source.mount().unwrap();
+    drop(source);
+    let device = mount.report().loop_device.clone().unwrap();
     let device = Path::new("/sys/block").join(device.file_name().unwrap());
     let attribute = |name: &str| fs::read_to_string(device.join(name)).unwrap().trim().to_owned();
     for (name, value) in [
@@ -137,7 +139,7 @@ fn a_copy_is_sealed_and_its_loop_device_read_only() {
 }
 
 #[test]
-fn one_image_is_mounted_many_times() {
+fn same_image_mounts_many_times() {
     let Some(sandbox) = sandbox!() else { return };
     let attach = |options: &MountOptions, name: String| {
         let mount_point = sandbox.directory(&name);
@@ -159,7 +161,7 @@ fn one_image_is_mounted_many_times() {
 }
 
 #[test]
-fn a_detached_mount_can_be_used_handed_on_and_dropped() {
+fn detached_mount_reads_moves_and_leaves_nothing() {
     let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("dropped.cfs");
     fs::copy(V1.image(), &image).unwrap();
@@ -176,7 +178,7 @@ fn a_detached_mount_can_be_used_handed_on_and_dropped() {
     assert_eq!(format!("{:?}", mounts()), before);
     assert_no_loop_device(image.to_str().unwrap());
 
-    let mount: OwnedFd = V1.options().mount(&image).unwrap().into_fd();
+    let mount: OwnedFd = V1.options().mount(&image).unwrap().into_fd().unwrap();
     let mount_point = sandbox.directory("mnt");
     rustix::mount::move_mount(
         &mount,
@@ -190,14 +192,14 @@ fn a_detached_mount_can_be_used_handed_on_and_dropped() {
 }
 
 #[test]
-fn everything_can_be_given_by_descriptor() {
+fn paths_given_as_descriptors_mount() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let open = |path: &Path| Location::from(File::open(path).unwrap());
     let (upperdir, workdir) = (sandbox.directory("upper"), sandbox.directory("work"));
     for mut options in [V1.options(), V1.copy_options()] {
-        options.basedirs = vec![open(&V1.objects())];
-        options.upper = Some(UpperLayer { upperdir: open(&upperdir), workdir: open(&workdir) });
+        options.overlay.objects = vec![open(&V1.objects())];
+        options.overlay.upper = Some(UpperLayer::new(open(&upperdir), open(&workdir)));
         options.mount(open(&V1.image())).unwrap().attach(open(&mount_point)).unwrap();
         assert_eq!(mount_at(&mount_point).unwrap().source, "composefs");
         assert_is_manifest(&mount_point);
@@ -206,11 +208,11 @@ fn everything_can_be_given_by_descriptor() {
 }
 
 #[test]
-fn a_deleted_image_with_a_long_name_can_be_given_by_descriptor() {
+fn deleted_image_with_long_name_mounts_by_descriptor() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let path = sandbox.path(&"x".repeat(255));
-    for memory in [Memory::Memfd, Memory::Ramfs] {
+    for memory in [MemoryKind::Memfd, MemoryKind::Ramfs] {
         fs::copy(V1.image(), &path).unwrap();
         let image = File::open(&path).unwrap();
         fs::remove_file(&path).unwrap();
@@ -223,14 +225,12 @@ fn a_deleted_image_with_a_long_name_can_be_given_by_descriptor() {
 }
 
 #[test]
-fn an_upper_layer_takes_changes_and_keeps_them() {
+fn upper_layer_keeps_changes() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let mut options = V1.copy_options();
-    options.upper = Some(UpperLayer {
-        upperdir: sandbox.directory("upper").into(),
-        workdir: sandbox.directory("work").into(),
-    });
+    options.overlay.upper =
+        Some(UpperLayer::new(sandbox.directory("upper"), sandbox.directory("work")));
     options.mount(V1.image()).unwrap().attach(&mount_point).unwrap();
     assert!(mount_at(&mount_point).unwrap().options.contains(&"rw".into()));
     assert_is_manifest(&mount_point);
@@ -240,7 +240,7 @@ fn an_upper_layer_takes_changes_and_keeps_them() {
     OpenOptions::new().append(true).open(&big).unwrap().write_all(b"more").unwrap();
     umount(&mount_point);
 
-    options.read_only = true;
+    options.overlay.read_only = true;
     options.mount(V1.image()).unwrap().attach(&mount_point).unwrap();
     assert_eq!(fs::read(mount_point.join("new")).unwrap(), b"new");
     assert!(!mount_point.join("hello.txt").exists());
@@ -250,62 +250,68 @@ fn an_upper_layer_takes_changes_and_keeps_them() {
 }
 
 #[test]
-fn layers_that_do_not_go_together_are_refused_by_name() {
+fn conflicting_layers_are_rejected_by_path() {
     let Some(sandbox) = sandbox!() else { return };
     let (one, other) = (sandbox.directory("one"), sandbox.directory("other"));
     let (objects, tmpfs) = (V1.objects(), sandbox.tmpfs("tmpfs"));
     std::os::unix::fs::symlink(&objects, sandbox.path("link")).unwrap();
     let link = sandbox.path("link");
-    let refused = |basedirs: &[&Path], upper: Option<(&Path, &Path)>| {
+    let rejected = |basedirs: &[&Path], upper: Option<(&Path, &Path)>| {
         let mut options = MountOptions::new(basedirs[0]);
-        options.basedirs.extend(basedirs[1..].iter().map(|basedir| Location::from(*basedir)));
-        options.upper = upper.map(|(upperdir, workdir)| UpperLayer {
-            upperdir: upperdir.into(),
-            workdir: workdir.into(),
-        });
+        options
+            .overlay
+            .objects
+            .extend(basedirs[1..].iter().map(|basedir| Location::from(*basedir)));
+        options.overlay.upper = upper.map(|(upperdir, workdir)| UpperLayer::new(upperdir, workdir));
         error_of(&options, &V1.image())
     };
     let cases = [
-        (refused(&[&objects, &link], None), [&link, &objects]),
-        (refused(&[&objects], Some((&one, &one))), [&one, &one]),
-        (refused(&[&objects, &one], Some((&one, &other))), [&one, &one]),
-        (refused(&[&objects, &one], Some((&other, &one))), [&one, &one]),
+        (rejected(&[&objects, &link], None), [&link, &objects]),
+        (rejected(&[&objects], Some((&one, &one))), [&one, &one]),
+        (rejected(&[&objects, &one], Some((&one, &other))), [&one, &one]),
+        (rejected(&[&objects, &one], Some((&other, &one))), [&one, &one]),
     ];
     for (error, [found, before]) in cases {
-        let Error::SameDirectory { path, other_path, .. } = &error else { panic!("{error}") };
+        let Error::Overlay(OverlayError::SameDirectory { path, other_path, .. }) = &error else {
+            panic!("{error}")
+        };
+        assert_eq!(error.kind(), ErrorKind::InvalidOptions);
         assert_eq!([path, other_path], [found, before], "{error}");
     }
-    let error = refused(&[&objects], Some((&one, &tmpfs)));
-    let Error::WorkOnOtherMount { upperdir, workdir } = &error else { panic!("{error}") };
+    let error = rejected(&[&objects], Some((&one, &tmpfs)));
+    let Error::Overlay(OverlayError::WorkdirOnOtherMount { upperdir, workdir, .. }) = &error else {
+        panic!("{error}")
+    };
     assert_eq!([upperdir, workdir], [&one, &tmpfs]);
-    // What the kernel alone can tell: it names the image, and what to look at.
-    let error = refused(&[&objects], Some((&one, &sandbox.directory("one/within"))));
+    // Only the kernel detects this conflict. The message names the image, and the hint names the cause.
+    let error = rejected(&[&objects], Some((&one, &sandbox.directory("one/within"))));
     assert!(error.to_string().starts_with(V1.image().to_str().unwrap()), "{error}");
     assert!(error.to_string().contains("overlay"), "{error}");
-    assert!(error.hint().unwrap().contains("within"), "{:?}", error.hint());
+    assert!(error.hint().unwrap().to_string().contains("within"), "{:?}", error.hint());
 }
 
-/// They reach overlayfs, which has no use for them on a kernel without SELinux.
+/// Checks that SELinux contexts reach overlayfs, which rejects them on a kernel without SELinux.
 #[test]
-fn selinux_contexts_are_handed_to_overlayfs() {
+fn selinux_contexts_are_passed_to_overlayfs() {
     let Some(_sandbox) = sandbox!() else { return };
     for name in ["context", "fscontext", "defcontext", "rootcontext"] {
         let text = format!("basedir={},{name}=a:b:c:s0\\,c1", V1.objects().display());
         match MountOptions::parse(text).unwrap().mount(V1.image()) {
-            Ok(_) => assert!(Path::new("/sys/fs/selinux").exists(), "{name}: passed over"),
-            Err(Error::Kernel(error)) => {
+            Ok(_) => assert!(Path::new("/sys/fs/selinux").exists(), "{name}: ignored"),
+            Err(error) => {
                 let option = format!("{name}=a:b:c:s0,c1");
-                let object = error.object.clone().unwrap();
-                assert_eq!((error.operation, object), (Operation::SetOption, option.into()));
-                assert!(Error::from(error).hint().unwrap().contains("SELinux"));
+                let Some(kernel) = error.kernel() else { panic!("{name}: {error}") };
+                assert_eq!(kernel.operation(), Operation::SetOption, "{error}");
+                assert_eq!(kernel.object(), Some(Path::new(&option)));
+                assert_eq!(error.kind(), ErrorKind::InvalidOptions);
+                assert!(error.hint().unwrap().to_string().contains("SELinux"));
             }
-            Err(error) => panic!("{name}: {error}"),
         }
     }
 }
 
 #[test]
-fn without_an_upper_layer_rw_is_read_only() {
+fn rw_without_upper_layer_mounts_read_only() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let options = MountOptions::parse(format!("basedir={},rw", V1.objects().display())).unwrap();
@@ -316,14 +322,23 @@ fn without_an_upper_layer_rw_is_read_only() {
 }
 
 #[test]
-fn attributes_are_in_force() {
+fn mount_attributes_are_reported_and_enforced() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let mut options = V1.options();
-    options.attributes = MountAttributes::all();
-    options.atime = Atime::Noatime;
-    options.superblock_flags = sealmount::SuperblockFlags::SYNC;
-    // Its source is shown without symbolic links, which is how libmount looks for it.
+    let attributes = &mut options.overlay.attributes;
+    for attribute in [
+        &mut attributes.nosuid,
+        &mut attributes.nodev,
+        &mut attributes.noexec,
+        &mut attributes.nosymfollow,
+        &mut attributes.nodiratime,
+    ] {
+        *attribute = true;
+    }
+    options.overlay.atime = Atime::Noatime;
+    options.overlay.superblock_flags.sync = true;
+    // sealmount resolves symbolic links in the source, because libmount looks for the canonical path.
     let link = sandbox.path("link");
     std::os::unix::fs::symlink(V1.image(), &link).unwrap();
     options.mount(link).unwrap().attach(&mount_point).unwrap();
@@ -342,23 +357,23 @@ fn attributes_are_in_force() {
 }
 
 #[test]
-fn objects_are_found_in_the_first_directory_that_has_them() {
+fn object_missing_in_first_basedir_uses_next() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let empty = sandbox.directory("odd, name: \\ and all");
     let mut options = V1.options();
-    options.basedirs.insert(0, empty.clone().into());
+    options.overlay.objects.insert(0, empty.clone().into());
     options.mount(V1.image()).unwrap().attach(&mount_point).unwrap();
     assert_is_manifest(&mount_point);
     umount(&mount_point);
-    // The same through the text.
+    // Options parsed from text must mount the same tree.
     let options = MountOptions::parse(options.to_text()).unwrap();
     options.mount(V1.image()).unwrap().attach(&mount_point).unwrap();
     assert_is_manifest(&mount_point);
 }
 
 #[test]
-fn an_image_with_a_long_and_odd_path_is_mounted() {
+fn image_with_long_and_odd_path_mounts() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let long = sandbox.directory(&"x".repeat(250)).join("odd\n,:\\ name");
@@ -371,7 +386,7 @@ fn an_image_with_a_long_and_odd_path_is_mounted() {
 }
 
 #[test]
-fn an_idmapped_mount_has_other_owners() {
+fn idmap_maps_owners_and_rejects_other_namespaces() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let (_process, namespace) = test_support::user_namespace();
@@ -385,58 +400,110 @@ fn an_idmapped_mount_has_other_owners() {
 
     let mut options = V1.options();
     options.idmap = Some("/proc/self/ns/mnt".into());
-    assert!(matches!(options.mount(V1.image()), Err(Error::NotUserNamespace { .. })));
+    let error = options.mount(V1.image()).unwrap_err();
+    assert!(matches!(error, Error::Erofs(ErofsError::NotUserNamespace { .. })), "{error}");
+    assert_eq!(error.kind(), ErrorKind::InvalidOptions);
     options.idmap = Some("/proc/self/ns/user".into());
     let error = options.mount(V1.image()).unwrap_err();
-    assert_eq!(error.errno(), Some(Errno::PERM), "the initial namespace: {error}");
+    assert_errno(&error, Errno::PERM);
+    assert_eq!(error.kernel().unwrap().operation(), Operation::IdmapMount, "{error}");
 }
 
-/// The steps of a mount that must succeed.
-fn steps_of(options: &MountOptions, image: &Path) -> Vec<Step> {
-    let mut steps = Vec::new();
-    options.mount_with(image, &mut |step| steps.push(step)).unwrap();
-    steps
+#[track_caller]
+fn assert_errno(error: &Error, errno: Errno) {
+    assert_eq!(error.raw_os_error(), Some(errno.raw_os_error()), "{error}");
+}
+
+/// Returns the events of a mount that must succeed, without the reports of progress.
+fn events_of(options: &MountOptions, image: &Path) -> Vec<Event> {
+    let (result, events) = mount_and_events(options, image);
+    result.unwrap();
+    events
 }
 
 #[test]
-fn steps_tell_what_was_done() {
+fn each_event_of_a_mount_is_reported() {
     let Some(_sandbox) = sandbox!() else { return };
-    let steps = steps_of(&V2.copy_options(), &V2.image());
-    assert!(matches!(&steps[0], Step::ImageOpened { size: 16384, composefs_version: 2, .. }));
+    let events = events_of(&V2.copy_options(), &V2.image());
     assert!(matches!(
-        &steps[1],
-        Step::DigestVerified { digest, by: VerifiedBy::Copy } if *digest == V2.digest(),
+        &events[0],
+        Event::ImageOpened { size: 16384, format: Format::Composefs { version: 2, .. }, .. }
     ));
-    assert!(matches!(&steps[2], Step::Copied { size: 16384, memory: Memory::Memfd }));
-    assert!(matches!(&steps[3], Step::LoopDevice { .. }));
-    assert!(matches!(&steps[4], Step::Taken { rung: Rung::SourceByLoopDevice }));
-    assert!(matches!(steps.last(), Some(Step::Verity(ObjectVerity::Noverity))));
+    assert!(matches!(
+        &events[1],
+        Event::DigestVerified { digest, by: VerifiedBy::Userspace, .. } if *digest == V2.digest(),
+    ));
+    assert!(matches!(&events[2], Event::Copied { size: 16384, memory: MemoryKind::Memfd, .. }));
+    assert!(matches!(&events[3], Event::LoopDevice { .. }));
+    assert!(matches!(
+        &events[4],
+        Event::MethodUsed { method: Method::Source(SourceMethod::LoopDevice), .. },
+    ));
+    assert!(matches!(
+        &events[5],
+        Event::MethodUsed { method: Method::Layers(LayerMethod::Descriptors), .. },
+    ));
+    assert!(matches!(events.last(), Some(Event::Verity(ObjectVerity::Disabled))));
 
-    // Without copy a loop device is the last way, and never taken in silence.
-    let steps = steps_of(&V1.options(), &V1.image());
-    let taken = steps.iter().filter(|step| matches!(step, Step::Taken { .. })).count();
-    let by_loop_device = steps.iter().any(|step| matches!(step, Step::LoopDevice { .. }));
-    let refused_by_path =
-        |step: &Step| matches!(step, Step::NotTaken { rung: Rung::SourceByPath, .. });
-    assert_eq!(taken, 2);
-    assert_eq!(by_loop_device, steps.iter().any(refused_by_path));
+    // Without a copy, a loop device is the last method. An event reports each earlier method.
+    let events = events_of(&V1.options(), &V1.image());
+    let used = events.iter().filter(|event| matches!(event, Event::MethodUsed { .. })).count();
+    let by_loop_device = events.iter().any(|event| matches!(event, Event::LoopDevice { .. }));
+    assert_eq!(used, 2);
+    assert_eq!(by_loop_device, path_is_unsupported(&events).is_some());
+}
+
+/// Returns the errno that means that this kernel cannot mount the path of a descriptor.
+fn path_is_unsupported(events: &[Event]) -> Option<i32> {
+    let path = Method::Source(SourceMethod::DescriptorPath);
+    events.iter().find_map(|event| match event {
+        Event::MethodUnsupported { method, error, .. } if *method == path => {
+            Some(error.raw_os_error())
+        }
+        _ => None,
+    })
 }
 
 #[test]
-fn an_image_on_tmpfs_is_mounted_through_a_loop_device() {
+fn event_callback_that_breaks_cancels_the_mount() {
+    let Some(sandbox) = sandbox!() else { return };
+    let image = sandbox.path("cancelled.cfs");
+    fs::copy(V1.image(), &image).unwrap();
+    let before = format!("{:?}", mounts());
+    let events = events_of(&V1.copy_options(), &image).len();
+    assert!(events >= 6, "{events} events");
+    for end in 0..events {
+        let mut seen = 0;
+        let result = V1.copy_options().mount_with_events(&image, &mut |event| {
+            seen += usize::from(!matches!(event, Event::Copying(_)));
+            if seen > end { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        let error = result.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Cancelled, "event {end}: {error}");
+        assert_eq!(error.hint(), None);
+        assert_eq!(seen, end + 1);
+    }
+    // A break during the copy ends the mount too.
+    let result = V1.copy_options().mount_with_events(&image, &mut |event| match event {
+        Event::Copying(_) => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    });
+    assert_eq!(result.unwrap_err().kind(), ErrorKind::Cancelled);
+    assert_eq!(format!("{:?}", mounts()), before);
+    assert_no_loop_device(image.to_str().unwrap());
+}
+
+#[test]
+fn image_on_tmpfs_mounts_through_loop_device() {
     let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.tmpfs("tmpfs").join("image.cfs");
     fs::copy(V1.image(), &image).unwrap();
-    let steps = steps_of(&V1.options(), &image);
-    let refused = |step: &Step| {
-        let Step::NotTaken { rung: Rung::SourceByPath, error } = step else { return false };
-        error.errno == Errno::NOTBLK
-    };
-    assert!(steps.iter().any(refused), "{steps:?}");
-    assert!(steps.iter().any(|step| matches!(step, Step::LoopDevice { .. })), "{steps:?}");
+    let events = events_of(&V1.options(), &image);
+    assert_eq!(path_is_unsupported(&events), Some(Errno::NOTBLK.raw_os_error()), "{events:?}");
+    assert!(events.iter().any(|event| matches!(event, Event::LoopDevice { .. })), "{events:?}");
 }
 
-/// The error of a mount that must fail, and leaves nothing.
+/// Returns the error of a mount that must fail and leave no mount.
 fn error_of(options: &MountOptions, image: &Path) -> Error {
     let before = format!("{:?}", mounts());
     let error = options.mount(image).unwrap_err();
@@ -447,7 +514,7 @@ fn error_of(options: &MountOptions, image: &Path) -> Error {
 }
 
 #[test]
-fn what_is_no_image_is_refused() {
+fn invalid_image_is_rejected_with_reason() {
     let Some(sandbox) = sandbox!() else { return };
     let v1 = fs::read(V1.image()).unwrap();
     let patched = |offset: usize, value: u8| {
@@ -455,21 +522,21 @@ fn what_is_no_image_is_refused() {
         image[offset] = value;
         image
     };
-    let cases: [(&str, Vec<u8>, ImageError); 8] = [
-        ("empty", vec![], ImageError::Empty),
-        ("text", b"#!/bin/sh\necho hello\n".repeat(100), ImageError::NotComposefs),
-        ("erofs", patched(0, 0), ImageError::PlainErofs),
-        ("future", patched(4, 9), ImageError::HeaderVersion(9)),
-        ("no-erofs", patched(1024, 0), ImageError::NoSuperblock),
-        ("short", v1[..8192].to_vec(), ImageError::TooShort { size: 8192, expected: 24576 }),
-        ("long", [&v1[..], b"x"].concat(), ImageError::TooLong { size: 24577, expected: 24576 }),
-        ("start", v1[..100].to_vec(), ImageError::NoSuperblock),
+    let cases: [(&str, Vec<u8>, ImageProblem); 8] = [
+        ("empty", vec![], ImageProblem::Empty),
+        ("text", b"#!/bin/sh\necho hello\n".repeat(100), ImageProblem::NotComposefs),
+        ("erofs", patched(0, 0), ImageProblem::PlainErofs),
+        ("future", patched(4, 9), ImageProblem::HeaderVersion(9)),
+        ("no-erofs", patched(1024, 0), ImageProblem::NoSuperblock),
+        ("short", v1[..8192].to_vec(), ImageProblem::TooShort { size: 8192, expected: 24576 }),
+        ("long", [&v1[..], b"x"].concat(), ImageProblem::TooLong { size: 24577, expected: 24576 }),
+        ("start", v1[..100].to_vec(), ImageProblem::NoSuperblock),
     ];
     for (name, content, expected) in cases {
         let image = sandbox.file(name, &content);
         for options in [V1.options(), V1.copy_options()] {
             match error_of(&options, &image) {
-                Error::Image { image: path, problem } => {
+                Error::Image(ImageError::Invalid { image: path, problem, .. }) => {
                     assert_eq!((&path, &problem), (&image, &expected));
                 }
                 error => panic!("{name}: {error}"),
@@ -479,42 +546,46 @@ fn what_is_no_image_is_refused() {
     test_support::run("mkfifo", [sandbox.path("fifo")]);
     for path in [sandbox.path("fifo").as_path(), Path::new("/dev/zero"), Path::new("/")] {
         let error = error_of(&V1.options(), path);
-        let refused = Error::Image { image: path.into(), problem: ImageError::NotAFile("") };
-        assert_eq!(std::mem::discriminant(&error), std::mem::discriminant(&refused), "{error}");
+        assert!(matches!(image_problem(&error), Some(ImageProblem::NotAFile(_))), "{error}");
+        assert_eq!(error.kind(), ErrorKind::NotAnImage);
     }
     let missing = error_of(&V1.options(), &sandbox.path("missing"));
-    assert_eq!(missing.errno(), Some(Errno::NOENT));
+    assert_errno(&missing, Errno::NOENT);
+    assert_eq!(missing.kind(), ErrorKind::NotFound);
     assert!(missing.to_string().contains(sandbox.path("missing").to_str().unwrap()), "{missing}");
 }
 
 #[test]
-fn directories_that_are_none_are_refused_by_name() {
+fn missing_or_non_directory_path_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let (file, missing) = (sandbox.file("file", b""), sandbox.path("missing"));
     for (path, expected) in [(&file, Errno::NOTDIR), (&missing, Errno::NOENT)] {
         let mut options = V1.options();
-        options.basedirs.push(path.into());
+        options.overlay.objects.push(path.into());
         assert_directory(error_of(&options, &V1.image()), DirectoryRole::Objects, path, expected);
         let mut options = V1.options();
-        let upper = UpperLayer { upperdir: path.into(), workdir: sandbox.path("").into() };
-        options.upper = Some(upper);
+        let upper = UpperLayer::new(path, sandbox.path(""));
+        options.overlay.upper = Some(upper);
         assert_directory(error_of(&options, &V1.image()), DirectoryRole::Upper, path, expected);
         let error = V1.options().mount(V1.image()).unwrap().attach(path).unwrap_err();
-        assert_directory(error, DirectoryRole::MountPoint, path, expected);
+        assert_directory(error.into(), DirectoryRole::MountPoint, path, expected);
     }
 }
 
 fn assert_directory(error: Error, role: DirectoryRole, path: &Path, errno: Errno) {
     match &error {
-        Error::Directory { role: found, path: at, errno: with } => {
-            assert_eq!((*found, at.as_path(), *with), (role, path, errno), "{error}");
+        Error::Overlay(OverlayError::Directory(directory))
+        | Error::Attach(AttachProblem::Directory(directory)) => {
+            let found = (directory.role(), directory.path(), directory.raw_os_error());
+            assert_eq!(found, (role, path, errno.raw_os_error()), "{error}");
+            assert_eq!(error.kind(), ErrorKind::NotFound);
         }
         error => panic!("{error}"),
     }
 }
 
 #[test]
-fn a_digest_decides() {
+fn image_with_wrong_digest_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     for fixture in [V1, V2] {
         let good = fs::read(fixture.image()).unwrap();
@@ -524,56 +595,62 @@ fn a_digest_decides() {
             bad[offset] ^= 0x10;
             let image = sandbox.file("bad", &bad);
             let error = error_of(&fixture.copy_options(), &image);
-            let Error::DigestMismatch { expected, found, .. } = error else { panic!("{error}") };
+            assert_eq!(error.kind(), ErrorKind::DigestMismatch);
+            let Error::Source(SourceError::DigestMismatch { expected, found, .. }) = error else {
+                panic!("{error}")
+            };
             assert_eq!(*expected, fixture.digest());
-            assert_eq!(*found, sealmount::compute_digest(expected.algorithm(), &bad));
+            assert_eq!(*found, Digest::of_bytes(expected.algorithm(), &bad));
             assert_no_loop_device(image.to_str().unwrap());
         }
     }
 }
 
 #[test]
-fn a_digest_without_copy_needs_the_kernel() {
+fn digest_without_copy_or_fs_verity_is_rejected() {
     let Some(_sandbox) = sandbox!() else { return };
     let mut options = V1.copy_options();
     options.copy = None;
     let error = error_of(&options, &V1.image());
-    assert!(matches!(error, Error::ImageNotVerity { .. }), "{error}");
-    assert!(error.hint().unwrap().contains("copy"));
+    let is_unavailable = matches!(error, Error::Source(SourceError::VerityUnavailable { .. }));
+    assert!(is_unavailable, "{error}");
+    assert_eq!(error.kind(), ErrorKind::VerityUnavailable);
+    assert!(error.hint().unwrap().to_string().contains("Image::copy"));
 }
 
 fn with_verity(fixture: &Fixture, verity: Verity) -> MountOptions {
     let mut options = fixture.options();
-    options.verity = Some(verity);
+    options.overlay.verity = Some(verity);
     options
 }
 
 #[test]
-fn verity_that_would_fail_every_read_is_refused() {
+fn verity_without_object_fs_verity_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     // tmpfs has no fs-verity on any kernel.
     let objects = sandbox.tmpfs("tmpfs");
     let mut options = with_verity(&V1, Verity::Require);
-    options.basedirs = vec![objects.into()];
-    let unsupported = |error: Error| {
-        matches!(error, Error::ObjectsNotVerity { reason: NotVerity::Unsupported, .. })
+    options.overlay.objects = vec![objects.into()];
+    let reason_of = |error: Error| match error {
+        Error::Overlay(OverlayError::ObjectsVerityUnavailable { reason, .. }) => reason,
+        error => panic!("{error}"),
     };
-    assert!(unsupported(error_of(&options, &V1.image())));
-    // A digest asks for it too.
-    options.verity = None;
-    options.copy = Some(Memory::Memfd);
+    let unsupported = VerityUnavailable::Unsupported;
+    assert_eq!(reason_of(error_of(&options, &V1.image())), unsupported);
+    // A digest requires verity too, without the option.
+    options.overlay.verity = None;
+    options.copy = Some(MemoryKind::Memfd);
     options.digest = Some(V1.digest());
-    assert!(unsupported(error_of(&options, &V1.image())));
-    options.verity = Some(Verity::Try);
-    assert!(unsupported(error_of(&options, &V1.image())));
+    assert_eq!(reason_of(error_of(&options, &V1.image())), unsupported);
 
-    // The checked out objects have none either, whatever their file system can.
+    // The objects in the source tree have no fs-verity on any file system.
     let error = error_of(&with_verity(&V1, Verity::Require), &V1.image());
-    assert!(matches!(error, Error::ObjectsNotVerity { .. }), "{error}");
+    assert_eq!(error.kind(), ErrorKind::VerityUnavailable);
+    reason_of(error);
 }
 
 #[test]
-fn tryverity_tells_that_nothing_is_enforced() {
+fn tryverity_without_fs_verity_reports_unverified() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let objects = sandbox.tmpfs("tmpfs");
@@ -582,11 +659,113 @@ fn tryverity_tells_that_nothing_is_enforced() {
         ["-r", &format!("{}/.", V1.objects().display()), objects.to_str().unwrap()],
     );
     let mut options = with_verity(&V1, Verity::Try);
-    options.basedirs = vec![objects.into()];
-    let mount = options.mount(V1.image()).unwrap();
-    assert_eq!(mount.verity(), ObjectVerity::UnsupportedByObjects(NotVerity::Unsupported));
-    mount.attach(&mount_point).unwrap();
-    assert_is_manifest(&mount_point);
+    options.overlay.objects = vec![objects.into()];
+    // With a digest, the image must match. sealmount enforces verity of the objects only where the
+    // kernel can.
+    for digest in [None, Some(V1.digest())] {
+        options.digest = digest;
+        options.copy = digest.map(|_| MemoryKind::Memfd);
+        let mount = options.mount(V1.image()).unwrap();
+        let expected = ObjectVerity::UnsupportedByObjects(VerityUnavailable::Unsupported);
+        assert_eq!(mount.verity(), Some(expected));
+        assert_eq!(mount.report().unwrap().source.verified.map(|found| found.digest), digest);
+        mount.attach(&mount_point).unwrap();
+        assert_is_manifest(&mount_point);
+        umount(&mount_point);
+    }
+    options.digest = Some(V2.digest());
+    let error = error_of(&options, &V1.image());
+    assert_eq!(error.kind(), ErrorKind::DigestMismatch, "{error}");
+}
+
+#[test]
+fn error_text_keeps_control_characters_escaped() {
+    let Some(sandbox) = sandbox!() else { return };
+    let odd = |name: &str| sandbox.path(&format!("a\n\x1b[31m{name}"));
+    let image = odd("image");
+    fs::copy(V1.image(), &image).unwrap();
+    let damaged = odd("damaged");
+    fs::write(&damaged, "text").unwrap();
+    let truncated = odd("truncated");
+    fs::write(&truncated, b"\x28\xb5\x2f\xfd").unwrap();
+    let mut mismatch = V1.copy_options();
+    mismatch.digest = Some("0".repeat(64).parse().unwrap());
+    let mut limited = V1.copy_options();
+    limited.size = Some(SizeLimit::Bytes(4096));
+    let mut unverified = V1.copy_options();
+    unverified.copy = None;
+    let mut upper = V1.options();
+    upper.overlay.upper = Some(UpperLayer::new(odd("upper"), odd("work")));
+    let mut same = MountOptions::new(sandbox.path(""));
+    same.overlay.objects.push(format!("{}/a\n\x1b[31mlink", sandbox.path("").display()).into());
+    std::os::unix::fs::symlink(".", odd("link")).unwrap();
+    let mut no_verity = V1.options();
+    no_verity.overlay.verity = Some(Verity::Require);
+    no_verity.overlay.objects = vec![odd("objects").into()];
+    fs::create_dir(odd("objects")).unwrap();
+    fs::create_dir(odd("objects").join("ab")).unwrap();
+    fs::write(odd("objects").join("ab/c"), "object").unwrap();
+    let mut not_a_namespace = V1.options();
+    not_a_namespace.idmap = Some(image.clone().into());
+
+    let attach = V1.options().mount(V1.image()).unwrap().attach(odd("mount point")).unwrap_err();
+    let errors: Vec<Error> = vec![
+        error_of(&V1.options(), &odd("missing")),
+        error_of(&V1.options(), &damaged),
+        error_of(&V1.copy_options(), &truncated),
+        error_of(&V1.options(), &truncated),
+        error_of(&mismatch, &image),
+        error_of(&limited, &image),
+        error_of(&unverified, &image),
+        error_of(&MountOptions::new(odd("missing")), &image),
+        error_of(&upper, &image),
+        error_of(&same, &image),
+        error_of(&no_verity, &image),
+        error_of(&not_a_namespace, &image),
+        MountOptions::parse("a\n\x1b[31m=1").unwrap_err().into(),
+        MountOptions::parse("basedir=/,size=a\n\x1b[31m").unwrap_err().into(),
+        sealmount::enter_mount_namespace(odd("namespace")).unwrap_err().into(),
+        attach.into(),
+    ];
+    for error in errors {
+        let text = error.to_string();
+        assert!(text.contains("a\\x0a\\x1b[31m"), "{text:?}");
+        assert!(!text.contains(char::is_control), "{text:?}");
+    }
+}
+
+#[test]
+fn hint_names_types_or_mount_options() {
+    let Some(sandbox) = sandbox!() else { return };
+    let mut without_copy = V1.copy_options();
+    without_copy.copy = None;
+    let mut limited = V1.copy_options();
+    limited.size = Some(SizeLimit::Bytes(4096));
+    let mut size_alone = V1.options();
+    size_alone.size = limited.size;
+    let required = with_verity(&V1, Verity::Require);
+    let mut plain_erofs = fs::read(V1.image()).unwrap();
+    plain_erofs[0] = 0;
+    let plain_erofs = sandbox.file("erofs", &plain_erofs);
+    // The text for a Rust program names a type or a method. The text for mount(8) names an option.
+    let cases: [(Error, &str, &str); 6] = [
+        (error_of(&without_copy, &V1.image()), "Image::copy", "the option copy"),
+        (error_of(&limited, &V1.image()), "CopyOptions::size", "size="),
+        (error_of(&size_alone, &V1.image()), "MountOptions::copy", "the option copy"),
+        (error_of(&MountOptions::default(), &V1.image()), "OverlayOptions::objects", "basedir="),
+        (error_of(&required, &V1.image()), "Verity::Off", "noverity"),
+        (error_of(&V1.options(), &plain_erofs), "Image::open_erofs", "-t erofs"),
+    ];
+    for (error, library, options) in cases {
+        let hint: Hint = error.hint().unwrap_or_else(|| panic!("{error}"));
+        assert!(hint.to_string().contains(library), "{error}: {hint}");
+        assert!(hint.for_options().contains(options), "{error}: {}", hint.for_options());
+        assert!(!hint.for_options().contains("::"), "{}", hint.for_options());
+    }
+    // Both texts give the same advice about the system.
+    let missing = V1.options().mount(V1.image()).unwrap().attach(sandbox.path("missing"));
+    let hint = missing.unwrap_err().hint().unwrap();
+    assert_eq!(hint.to_string(), hint.for_options());
 }
 
 #[test]
@@ -599,15 +778,13 @@ fn symbolic_links_in_paths_are_followed() {
     };
     let mount_point = sandbox.directory("mnt");
     let (upperdir, workdir) = (sandbox.directory("upper"), sandbox.directory("work"));
-    // The last part of a path, and one before.
+    // Each path has a symbolic link as its last part or as an earlier part.
     let objects = link("link to objects", V1.objects().parent().unwrap()).join("objects");
     let mut options = MountOptions::new(link("link to a link", &objects));
-    options.upper = Some(UpperLayer {
-        upperdir: link("link to upper", &upperdir).into(),
-        workdir: link("link to work", &workdir).into(),
-    });
+    options.overlay.upper =
+        Some(UpperLayer::new(link("link to upper", &upperdir), link("link to work", &workdir)));
     let (image, target) = (link("link to image", &V1.image()), link("link to mnt", &mount_point));
-    for copy in [None, Some(Memory::Memfd), Some(Memory::Ramfs)] {
+    for copy in [None, Some(MemoryKind::Memfd), Some(MemoryKind::Ramfs)] {
         options.copy = copy;
         options.mount(&image).unwrap().attach(&target).unwrap();
         assert_is_manifest(&mount_point);
@@ -618,17 +795,15 @@ fn symbolic_links_in_paths_are_followed() {
     let circle = sandbox.path("circle");
     let circle = link("circle", &circle);
     for (path, errno) in [(dangling, Errno::NOENT), (circle, Errno::LOOP)] {
-        let errnos = [
-            options.mount(&path).unwrap_err().errno(),
-            MountOptions::new(&path).mount(&image).unwrap_err().errno(),
-            V1.options().mount(&image).unwrap().attach(&path).unwrap_err().errno(),
-        ];
-        assert_eq!(errnos, [Some(errno); 3], "{}", path.display());
+        assert_errno(&options.mount(&path).unwrap_err(), errno);
+        assert_errno(&MountOptions::new(&path).mount(&image).unwrap_err(), errno);
+        let error = V1.options().mount(&image).unwrap().attach(&path).unwrap_err();
+        assert_errno(&error.into(), errno);
     }
 }
 
 #[test]
-fn permissions_are_those_of_the_image() {
+fn mount_keeps_permissions_of_the_image() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     V1.options().mount(V1.image()).unwrap().attach(&mount_point).unwrap();

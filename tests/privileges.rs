@@ -1,26 +1,32 @@
-//! Without a permission: the message says which one is missing, the exit status is the documented one,
-//! and nothing is left. And what a caller without permission cannot do.
+//! Missing permissions: the message names the missing permission, and the helper exits with the
+//! documented status. No mount, loop device or memory is left. A caller without a permission cannot
+//! bypass the check.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::fs::{XattrFlags, removexattr, setxattr};
 use rustix::io::Errno;
-use sealmount::{Error, Memory, MountOptions, Operation, Rung, Step};
-
-use test_support::sandboxing::{SystemCall, refuse, refuse_argument, restrict_by_landlock};
-use test_support::{
-    Sandbox, V1, assert_is_manifest, assert_no_loop_device, mount_at, mount_composefs, mounts, run,
-    sandbox, umount,
+use sealmount::{
+    ErrorKind, Event, LayerMethod, MemoryKind, Method, MountOptions, Operation, SourceMethod,
+    check_permission,
 };
 
-/// A sandbox with an image of its own and a mount point.
+use test_support::sandboxing::{SystemCall, deny, deny_argument, restrict_by_landlock};
+use test_support::{
+    Sandbox, V1, assert_is_manifest, assert_no_loop_device, mount_and_events, mount_at,
+    mount_composefs, mounts, run, sandbox, umount,
+};
+
+/// A sandbox with its own image and a mount point.
 struct Place {
     sandbox: Sandbox,
     image: PathBuf,
@@ -36,7 +42,7 @@ impl Place {
         Some(Place { sandbox, image, mount_point })
     }
 
-    /// The operands and options of the helper.
+    /// Returns the operands and options of the helper.
     fn arguments(&self, options: &MountOptions) -> [std::ffi::OsString; 4] {
         [self.image.clone().into(), self.mount_point.clone().into(), "-o".into(), options.to_text()]
     }
@@ -47,16 +53,16 @@ impl Place {
     }
 }
 
-const MODES: [Option<Memory>; 3] = [None, Some(Memory::Memfd), Some(Memory::Ramfs)];
+const MODES: [Option<MemoryKind>; 3] = [None, Some(MemoryKind::Memfd), Some(MemoryKind::Ramfs)];
 
-fn options(copy: Option<Memory>) -> MountOptions {
+fn options(copy: Option<MemoryKind>) -> MountOptions {
     let mut options = V1.options();
     options.copy = copy;
     options
 }
 
 #[track_caller]
-fn assert_refused(output: &Output, status: i32, texts: &[&str]) {
+fn assert_denied(output: &Output, status: i32, texts: &[&str]) {
     let message = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(status), "{message}");
     for text in texts {
@@ -64,8 +70,8 @@ fn assert_refused(output: &Output, status: i32, texts: &[&str]) {
     }
 }
 
-/// Runs the helper behind another program, which changes its privileges.
-fn behind(program: &str, arguments: &[impl AsRef<OsStr>]) -> Output {
+/// Runs the helper through another program, which changes the privileges of the helper.
+fn run_through(program: &str, arguments: &[impl AsRef<OsStr>]) -> Output {
     let mut program = program.split(' ');
     Command::new(program.next().unwrap())
         .args(program)
@@ -76,14 +82,14 @@ fn behind(program: &str, arguments: &[impl AsRef<OsStr>]) -> Output {
 }
 
 #[test]
-fn root_of_a_user_namespace_is_told_what_is_missing() {
+fn mount_in_user_namespace_reports_cap_sys_admin() {
     let Some(place) = Place::new() else { return };
     let before = mounts();
-    // With the mount namespace that it was in, and with one of its own.
+    // The helper runs in the mount namespace of the caller, and in its own mount namespace.
     for namespaces in ["unshare -Ur", "unshare -Urm"] {
         for copy in MODES {
-            let output = behind(namespaces, &place.arguments(&options(copy)));
-            assert_refused(
+            let output = run_through(namespaces, &place.arguments(&options(copy)));
+            assert_denied(
                 &output,
                 1,
                 &["Operation not permitted", "CAP_SYS_ADMIN in the initial user namespace"],
@@ -94,16 +100,74 @@ fn root_of_a_user_namespace_is_told_what_is_missing() {
 }
 
 #[test]
-fn cap_sys_admin_is_what_it_takes_and_all_it_takes() {
+fn missing_permission_is_reported_before_the_copy() {
+    let Some(place) = Place::new() else { return };
+    // The machine has too little memory for a copy of the image, and sealmount reports only the first
+    // failed check.
+    const SIZE: u64 = 1 << 43;
+    let mut content = fs::read(V1.image()).unwrap();
+    content[1060..1064].copy_from_slice(&((SIZE / 4096) as u32).to_le_bytes());
+    fs::write(&place.image, content).unwrap();
+    OpenOptions::new().write(true).open(&place.image).unwrap().set_len(SIZE).unwrap();
+    let opened = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).unwrap();
+    inotify::add_watch(&opened, &place.image, WatchFlags::OPEN).unwrap();
+
+    for program in ["unshare -Ur", "unshare -Urm", "setpriv --bounding-set=-sys_admin"] {
+        for memory in [MemoryKind::Memfd, MemoryKind::Ramfs] {
+            for digest in [None, Some(V1.digest())] {
+                let mut options = options(Some(memory));
+                options.digest = digest;
+                let start = Instant::now();
+                let output = run_through(program, &place.arguments(&options));
+                assert_denied(&output, 1, &["cannot mount EROFS: Operation not permitted"]);
+                let message = String::from_utf8(output.stderr).unwrap();
+                assert!(message.contains("hint: mounting needs root"), "{message}");
+                assert!(!message.contains("proc"), "{message}");
+                assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+            }
+        }
+    }
+    // sealmount checks the permission before it opens the image.
+    let seen = rustix::io::read(&opened, &mut [0; 1024]);
+    assert_eq!(seen, Err(Errno::AGAIN), "sealmount opened the image");
+    // With the permission, sealmount opens the image and rejects the copy because of its size.
+    let output = run_through("env", &place.arguments(&options(Some(MemoryKind::Memfd))));
+    assert_denied(&output, 2, &["the limit for the copy is"]);
+    assert!(rustix::io::read(&opened, &mut [0; 1024]).is_ok());
+}
+
+#[test]
+fn permission_check_reports_denied_mounts() {
+    let Some(_place) = Place::new() else { return };
+    check_permission().unwrap();
+    for errno in [Errno::PERM, Errno::ACCESS] {
+        for system_call in [libc::SYS_fsopen, libc::SYS_fsconfig] {
+            let denied = thread::scope(|scope| {
+                let thread = scope.spawn(|| {
+                    deny(&[system_call], errno);
+                    check_permission()
+                });
+                thread.join().unwrap()
+            });
+            let error = denied.unwrap_err();
+            assert_eq!(error.operation(), Operation::CheckPermission);
+            assert_eq!(error.raw_os_error(), errno.raw_os_error());
+            assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+        }
+    }
+}
+
+#[test]
+fn only_cap_sys_admin_is_needed_to_mount() {
     let Some(place) = Place::new() else { return };
     let before = mounts();
     for copy in MODES {
         let arguments = place.arguments(&options(copy));
-        let output = behind("setpriv --bounding-set=-sys_admin", &arguments);
-        assert_refused(&output, 1, &["Operation not permitted", "CAP_SYS_ADMIN"]);
+        let output = run_through("setpriv --bounding-set=-sys_admin", &arguments);
+        assert_denied(&output, 1, &["Operation not permitted", "CAP_SYS_ADMIN"]);
         place.assert_nothing_is_left(&before);
 
-        let output = behind("setpriv --bounding-set=-all,+sys_admin", &arguments);
+        let output = run_through("setpriv --bounding-set=-all,+sys_admin", &arguments);
         assert!(output.status.success(), "{output:?}");
         assert_is_manifest(&place.mount_point);
         umount(&place.mount_point);
@@ -111,25 +175,25 @@ fn cap_sys_admin_is_what_it_takes_and_all_it_takes() {
 }
 
 #[test]
-fn another_namespace_takes_two_capabilities() {
+fn namespace_option_needs_two_capabilities() {
     let Some(place) = Place::new() else { return };
     let mut arguments = place.arguments(&options(None)).to_vec();
     arguments.extend(["-N", "/proc/self/ns/mnt"].map(Into::into));
     for capability in ["sys_admin", "sys_chroot"] {
-        let output = behind(&format!("setpriv --bounding-set=-{capability}"), &arguments);
-        assert_refused(&output, 1, &["namespace", "CAP_SYS_ADMIN and CAP_SYS_CHROOT"]);
+        let output = run_through(&format!("setpriv --bounding-set=-{capability}"), &arguments);
+        assert_denied(&output, 1, &["namespace", "CAP_SYS_ADMIN and CAP_SYS_CHROOT"]);
     }
-    let output = behind("setpriv --bounding-set=-all,+sys_admin,+sys_chroot", &arguments);
+    let output = run_through("setpriv --bounding-set=-all,+sys_admin,+sys_chroot", &arguments);
     assert!(output.status.success(), "{output:?}");
     umount(&place.mount_point);
 }
 
 #[test]
-fn the_user_namespace_of_anothers_process_takes_a_capability() {
+fn idmap_of_other_user_needs_cap_sys_ptrace() {
     let Some(place) = Place::new() else { return };
     let before = mounts();
     let mut process = Command::new("setpriv")
-        .args(NOBODY)
+        .args(UNPRIVILEGED)
         .args(["sh", "-c", "echo; read line"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -139,21 +203,21 @@ fn the_user_namespace_of_anothers_process_takes_a_capability() {
     let mut options = options(None);
     options.idmap = Some(format!("/proc/{}/ns/user", process.id()).into());
     let arguments = place.arguments(&options);
-    let output = behind("setpriv --bounding-set=-all,+sys_admin", &arguments);
-    assert_refused(&output, 32, &["cannot open the user namespace", "CAP_SYS_PTRACE"]);
-    // It is the initial one.
-    let output = behind("setpriv --bounding-set=-all,+sys_admin,+sys_ptrace", &arguments);
-    assert_refused(&output, 1, &["cannot idmap the mount", "another user namespace"]);
+    let output = run_through("setpriv --bounding-set=-all,+sys_admin", &arguments);
+    assert_denied(&output, 1, &["cannot open the user namespace", "CAP_SYS_PTRACE"]);
+    // The process is in the initial user namespace.
+    let output = run_through("setpriv --bounding-set=-all,+sys_admin,+sys_ptrace", &arguments);
+    assert_denied(&output, 1, &["cannot idmap the mount", "give another user namespace"]);
     place.assert_nothing_is_left(&before);
     drop(process.stdin.take());
     process.wait().unwrap();
 }
 
 #[test]
-fn no_new_privs_changes_nothing() {
+fn helper_with_no_new_privs_mounts() {
     let Some(place) = Place::new() else { return };
     for copy in MODES {
-        let output = behind("setpriv --no-new-privs", &place.arguments(&options(copy)));
+        let output = run_through("setpriv --no-new-privs", &place.arguments(&options(copy)));
         assert!(output.status.success(), "{output:?}");
         assert_is_manifest(&place.mount_point);
         umount(&place.mount_point);
@@ -172,14 +236,14 @@ fn restricted(restrict: impl FnOnce() + Send, arguments: &[std::ffi::OsString]) 
 }
 
 #[test]
-fn a_seccomp_filter_that_refuses_a_system_call_is_named() {
+fn seccomp_denial_reports_call_and_hint() {
     let Some(place) = Place::new() else { return };
     let before = mounts();
     let (process, namespace) = test_support::user_namespace();
     let mut idmapped = options(None);
     idmapped.idmap = Some(namespace.as_str().into());
     let (plain, memfd, ramfs) =
-        (options(None), options(Some(Memory::Memfd)), options(Some(Memory::Ramfs)));
+        (options(None), options(Some(MemoryKind::Memfd)), options(Some(MemoryKind::Ramfs)));
     let cases: [(SystemCall, &MountOptions, &str); 10] = [
         (libc::SYS_fsopen, &plain, "cannot open the file system type"),
         (libc::SYS_fsopen, &ramfs, "cannot open the file system type"),
@@ -192,96 +256,118 @@ fn a_seccomp_filter_that_refuses_a_system_call_is_named() {
         (libc::SYS_move_mount, &plain, "cannot attach the mount"),
         (libc::SYS_move_mount, &memfd, "cannot attach the mount"),
     ];
-    for (system_call, options, said) in cases {
-        // As old profiles of containers answer, as new ones do, and as security modules do.
+    for (system_call, options, expected) in cases {
+        // Old container profiles, new container profiles and security modules return these errnos.
         for (errno, status, hint) in [
-            (Errno::PERM, 1, "takes root"),
-            (Errno::NOSYS, 32, "or a seccomp filter denies it"),
-            (Errno::ACCESS, 32, "takes root"),
+            (Errno::PERM, 1, "mounting needs root"),
+            (Errno::NOSYS, 32, "seccomp filter"),
+            (Errno::ACCESS, 1, "mounting needs root"),
         ] {
+            // The check of the permission makes these calls first.
+            let is_checked = [libc::SYS_fsopen, libc::SYS_fsconfig].contains(&system_call);
+            let expected = match errno {
+                Errno::PERM | Errno::ACCESS if is_checked => "cannot mount EROFS",
+                Errno::NOSYS if system_call == libc::SYS_fsconfig => "cannot mount EROFS",
+                _ => expected,
+            };
+            let hint = match errno {
+                Errno::PERM | Errno::ACCESS if system_call == libc::SYS_mount_setattr => {
+                    "run as root (CAP_SYS_ADMIN in the initial user namespace)"
+                }
+                _ => hint,
+            };
             let arguments = place.arguments(options);
-            let output = restricted(|| refuse(&[system_call], errno), &arguments);
-            assert_refused(&output, status, &[said, "  hint: ", hint]);
+            let output = restricted(|| deny(&[system_call], errno), &arguments);
+            assert_denied(&output, status, &[expected, "  hint: ", hint]);
             place.assert_nothing_is_left(&before);
         }
     }
     drop(process);
 }
 
-/// Of linux/loop.h.
+/// See linux/loop.h.
 const LOOP_CTL_GET_FREE: u32 = 0x4c82;
 const LOOP_CONFIGURE: u32 = 0x4c0a;
 
 #[test]
-fn a_container_without_loop_devices_is_told_so() {
+fn denied_loop_device_reports_container_hint() {
     let Some(place) = Place::new() else { return };
     let before = mounts();
-    for (request, said) in [
-        (LOOP_CTL_GET_FREE, "cannot ask for a free loop device"),
+    for (request, expected) in [
+        (LOOP_CTL_GET_FREE, "cannot find a free loop device"),
         (LOOP_CONFIGURE, "cannot attach the image to the loop device"),
     ] {
         for errno in [Errno::PERM, Errno::ACCESS] {
-            let refuse = || refuse_argument(libc::SYS_ioctl, 1, request, errno);
-            let output = restricted(refuse, &place.arguments(&options(Some(Memory::Memfd))));
-            assert_refused(&output, 1, &["/dev/loop", said, "containers have neither"]);
+            let deny = || deny_argument(libc::SYS_ioctl, 1, request, errno);
+            let output = restricted(deny, &place.arguments(&options(Some(MemoryKind::Memfd))));
+            assert_denied(&output, 1, &["/dev/loop", expected, "a container needs both given"]);
             place.assert_nothing_is_left(&before);
         }
     }
 }
 
-/// Every option that is a descriptor gets this answer.
-fn refuse_descriptors(errno: Errno) {
+/// Makes every option with a descriptor fail with this errno.
+fn deny_descriptors(errno: Errno) {
     const FSCONFIG_SET_FD: u32 = 5;
-    refuse_argument(libc::SYS_fsconfig, 1, FSCONFIG_SET_FD, errno);
+    deny_argument(libc::SYS_fsconfig, 1, FSCONFIG_SET_FD, errno);
 }
 
-/// What the profiles of containers refuse without CAP_SYS_ADMIN, with EPERM also where the kernel has
-/// it: that is never taken for a kernel that has it not.
+/// Container profiles deny calls with EPERM without CAP_SYS_ADMIN. For sealmount, EPERM never means
+/// that the kernel does not support a method.
 #[test]
-fn a_refusal_is_never_a_reason_for_another_way() {
+fn denied_call_never_uses_a_fallback() {
     let Some(place) = Place::new() else { return };
-    let rungs_with = |errno| {
+    let methods_with = |errno| {
         thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                refuse_descriptors(errno);
-                let mut rungs = Vec::new();
-                let options = options(Some(Memory::Memfd));
-                let result = options.mount_with(&place.image, &mut |step| {
-                    if let Step::Taken { rung } = step {
-                        rungs.push(rung);
-                    }
+                deny_descriptors(errno);
+                let options = options(Some(MemoryKind::Memfd));
+                let (result, events) = mount_and_events(&options, &place.image);
+                let methods = events.into_iter().filter_map(|event| match event {
+                    Event::MethodUsed { method, .. } => Some(method),
+                    _ => None,
                 });
-                (result.map(drop), rungs)
+                (result.map(drop), methods.collect::<Vec<_>>())
             });
             thread.join().unwrap()
         })
     };
-    // What a kernel before 6.13 answers.
-    let (result, rungs) = rungs_with(Errno::BADF);
+    // Linux < 6.13
+    let (result, methods) = methods_with(Errno::BADF);
     result.unwrap();
-    assert_eq!(rungs, [Rung::SourceByLoopDevice, Rung::LayersByPath]);
+    assert_eq!(
+        methods,
+        [Method::Source(SourceMethod::LoopDevice), Method::Layers(LayerMethod::Paths)]
+    );
     for errno in [Errno::PERM, Errno::ACCESS] {
-        let (result, rungs) = rungs_with(errno);
-        let Err(Error::Kernel(error)) = result else { panic!("{result:?}") };
-        assert_eq!((error.operation, error.errno), (Operation::SetOption, errno));
-        assert_eq!(rungs, [Rung::SourceByLoopDevice]);
+        let (result, methods) = methods_with(errno);
+        let error = result.unwrap_err();
+        let Some(kernel) = error.kernel() else { panic!("{error}") };
+        assert_eq!(kernel.operation(), Operation::SetOption);
+        assert_eq!(kernel.raw_os_error(), errno.raw_os_error());
+        assert_eq!(error.kind(), ErrorKind::PermissionDenied);
+        assert_eq!(methods, [Method::Source(SourceMethod::LoopDevice)]);
     }
     assert_no_loop_device(place.image.to_str().unwrap());
 }
 
 #[test]
-fn a_security_module_that_refuses_is_named() {
+fn security_module_denial_reports_hint() {
     let Some(place) = Place::new() else { return };
     let before = mounts();
     for copy in MODES {
         let output = restricted(restrict_by_landlock, &place.arguments(&options(copy)));
-        assert_refused(&output, 1, &["Operation not permitted", "a security module refuses it"]);
+        assert_denied(
+            &output,
+            1,
+            &["Operation not permitted", "a security module denied the call"],
+        );
         place.assert_nothing_is_left(&before);
     }
 }
 
 #[test]
-fn the_environment_changes_nothing() {
+fn hostile_environment_leaves_result_unchanged() {
     let Some(place) = Place::new() else { return };
     let hostile: BTreeMap<&str, &str> = [
         ("PATH", "/nowhere"),
@@ -319,7 +405,7 @@ fn the_environment_changes_nothing() {
             umount(&place.mount_point);
         }
         assert_no_loop_device(place.image.to_str().unwrap());
-        // Which loop device is free depends on the others.
+        // The number of the free loop device depends on other processes.
         let text = String::from_utf8(output.stderr).unwrap();
         let digits: &[_] = &['0', '1', '2', '3', '4', '5', '6', '7', '8', '9'];
         let text = text.split("/dev/loop").map(|part| part.trim_start_matches(digits).to_owned());
@@ -331,7 +417,7 @@ fn the_environment_changes_nothing() {
     let right = format!("digest={},noverity", V1.digest);
     let basedir = format!("basedir={}", V1.objects().display());
     let mut mounted = 0;
-    // Also in the private namespace of older kernels, which takes a thread.
+    // The private namespace of older kernels needs a thread, so the test covers both.
     for is_older_kernel in [false, true] {
         for image in [&place.image, &zstd] {
             for more in
@@ -349,7 +435,7 @@ fn the_environment_changes_nothing() {
                 let outcomes = thread::scope(|scope| {
                     let thread = scope.spawn(|| {
                         if is_older_kernel {
-                            refuse_descriptors(Errno::BADF);
+                            deny_descriptors(Errno::BADF);
                         }
                         [BTreeMap::new(), hostile.clone()]
                             .map(|environment| helper(&environment, &arguments))
@@ -368,7 +454,7 @@ fn the_environment_changes_nothing() {
     }
 }
 
-/// Every file of a directory with what is in it, without the tests.
+/// Returns every file of a directory with its content, without the unit tests.
 fn sources(directory: &str) -> Vec<(PathBuf, String)> {
     let mut directories = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join(directory)];
     let mut sources = Vec::new();
@@ -388,7 +474,7 @@ fn sources(directory: &str) -> Vec<(PathBuf, String)> {
 }
 
 #[test]
-fn no_source_reads_the_environment_or_starts_a_program() {
+fn source_code_uses_no_environment_or_programs() {
     let sources = [sources("src"), sources("sys/src")].concat();
     assert!(sources.len() > 20);
     for (path, code) in sources {
@@ -398,8 +484,8 @@ fn no_source_reads_the_environment_or_starts_a_program() {
     }
 }
 
-/// `cap_sys_admin+ep` as capabilities(7) has it: VFS_CAP_REVISION_2 and the bit that makes the
-/// permitted ones effective, then the lower halves of permitted and inheritable, and the upper ones.
+/// `cap_sys_admin+ep` in the format of capabilities(7): VFS_CAP_REVISION_2 and the effective bit, then
+/// the lower halves of the permitted and inheritable sets, and the upper halves.
 const CAP_SYS_ADMIN_EP: [u8; 20] = {
     let mut bytes = [0; 20];
     (bytes[0], bytes[3]) = (1, 2);
@@ -408,8 +494,8 @@ const CAP_SYS_ADMIN_EP: [u8; 20] = {
     bytes
 };
 
-/// The helper, an image and a mount point in /tmp, where everybody gets at them: the project may be
-/// checked out where that is not so, or below /tmp.
+/// Puts the helper, an image and a mount point into /tmp, where every user can reach them. Other users
+/// may not be able to reach the source tree, or the tree may be below /tmp.
 fn public() -> Option<(Sandbox, [&'static Path; 3])> {
     let sandbox = sandbox!()?;
     let contents = [env!("CARGO_BIN_EXE_mount-composefs").into(), V1.image()].map(fs::read);
@@ -423,21 +509,21 @@ fn public() -> Option<(Sandbox, [&'static Path; 3])> {
     Some((sandbox, paths))
 }
 
-/// Calls the helper in /tmp as another user.
+/// Runs the helper in /tmp as another user.
 fn call_as(user: &[&str], [helper, image, mount_point]: [&Path; 3]) -> Output {
     Command::new("setpriv")
         .args(user)
         .args([helper, image, mount_point])
-        // Takes no loop device, whose nodes have permissions of their own.
+        // A ramfs needs no loop device, whose node has permissions of its own.
         .args(["-o", "basedir=/tmp,copy=ramfs"])
         .output()
         .unwrap()
 }
 
-const NOBODY: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
+const UNPRIVILEGED: [&str; 3] = ["--reuid=65534", "--regid=65534", "--clear-groups"];
 
 #[test]
-fn installed_with_privileges_of_its_own_it_serves_only_root() {
+fn setuid_or_setcap_helper_rejects_non_root() {
     let Some((_sandbox, paths)) = public() else { return };
     let [helper, _, mount_point] = paths;
     let install = |mode, capabilities: Option<&[u8]>| {
@@ -453,25 +539,26 @@ fn installed_with_privileges_of_its_own_it_serves_only_root() {
         [(0o4755, None), (0o2755, None), (0o755, Some(&CAP_SYS_ADMIN_EP[..]))]
     {
         install(mode, capabilities);
-        let output = call_as(&NOBODY, paths);
-        assert_refused(&output, 1, &["refused", "set-user-ID", "only root"]);
+        let output = call_as(&UNPRIVILEGED, paths);
+        assert_denied(&output, 1, &["cannot serve this user", "set-user-ID", "only root"]);
         assert!(mount_at(mount_point).is_none());
-        // Root has the privileges anyway.
+        // Root has the privileges without these bits too.
         let output = call_as(&["--clear-groups"], paths);
         assert!(output.status.success(), "{mode:o}: {output:?}");
         umount(mount_point);
     }
-    // So that the test can tell: without, it gets further.
+    // Without these bits, the helper passes the check and fails later, so the bits caused the
+    // rejection.
     install(0o755, None);
-    assert_refused(&call_as(&NOBODY, paths), 1, &["takes root"]);
+    assert_denied(&call_as(&UNPRIVILEGED, paths), 1, &["mounting needs root"]);
 }
 
 #[test]
-fn a_capability_that_the_caller_has_is_as_good_as_root() {
+fn non_root_caller_with_capability_mounts() {
     let Some((_sandbox, paths)) = public() else { return };
-    // As a service manager gives it to a service.
+    // A service manager gives a capability to a service in the same way.
     let ambient = ["--inh-caps=+sys_admin", "--ambient-caps=+sys_admin"];
-    let output = call_as(&[NOBODY.as_slice(), &ambient].concat(), paths);
+    let output = call_as(&[UNPRIVILEGED.as_slice(), &ambient].concat(), paths);
     assert!(output.status.success(), "{output:?}");
     umount(paths[2]);
 }

@@ -1,5 +1,5 @@
-//! What others do meanwhile: many mounts at once, and files, directories and mount points that change
-//! while they are used. What can be had at one certain moment is: in a [`Step`] of the mount.
+//! Tests many mounts at once, and files, directories and mount points that change during a mount. If
+//! the moment of a change matters, the change happens between two stages.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -14,19 +14,19 @@ use rustix::fs::{CWD, MemfdFlags, RenameFlags, ftruncate, memfd_create, renameat
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use sealmount::{
-    Algorithm, DirectoryRole, Error, ImageError, Memory, MountOptions, Operation, Step,
-    compute_digest, open_mount_point,
+    Algorithm, AttachProblem, CopyOptions, Digest, DirectoryRole, Error, Image, ImageProblem,
+    MemoryKind, MountOptions, Operation, SourceError, open_mount_point,
 };
 use sealmount_sys::loop_device;
 
 use test_support::{
-    Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, large_image, loop_devices,
-    mount_at, mount_composefs, mounts, run, sandbox, through, umount,
+    Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, image_problem, large_image,
+    loop_devices, mount_at, mount_composefs, mounts, run, sandbox, through, umount,
 };
 
-/// Runs `work`, and `other` over and over until it is done.
+/// Runs `work`, and runs `other` repeatedly until `work` ends.
 fn meanwhile<T>(other: impl Fn() + Sync, work: impl FnOnce() -> T) -> T {
-    /// Also where `work` panics: the scope waits for its threads.
+    /// Ends the threads on drop, because the scope waits for them even if `work` panics.
     struct Done<'a>(&'a AtomicBool);
     impl Drop for Done<'_> {
         fn drop(&mut self) {
@@ -46,35 +46,39 @@ fn meanwhile<T>(other: impl Fn() + Sync, work: impl FnOnce() -> T) -> T {
     })
 }
 
-/// A file with what is in another, compressed by a program of this name.
+/// Returns a file with the content of `image`, compressed by this program.
 fn compressed(sandbox: &Sandbox, program: &str, image: &Path) -> PathBuf {
     sandbox.file(program, &through(&[program, "-c"], &fs::read(image).unwrap()))
 }
 
-fn copy_into(memory: Memory) -> MountOptions {
+fn copy_into(memory: MemoryKind) -> MountOptions {
     let mut options = V1.copy_options();
     options.copy = Some(memory);
     options
 }
 
-/// Mounts by processes and by threads at the same time, in every mode.
+/// The number of processes, and the number of threads, that mount at the same time.
 const EACH: usize = 100;
 
 #[test]
-fn mounts_by_the_hundred_do_not_come_in_each_others_way() {
+fn parallel_mounts_stay_independent() {
     let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("image.cfs");
     fs::copy(V1.image(), &image).unwrap();
     let images = [&image, &image, &image, &compressed(&sandbox, "zstd", &image)];
-    let options =
-        [V1.options(), copy_into(Memory::Memfd), copy_into(Memory::Ramfs), V1.copy_options()];
+    let options = [
+        V1.options(),
+        copy_into(MemoryKind::Memfd),
+        copy_into(MemoryKind::Ramfs),
+        V1.copy_options(),
+    ];
     let mount_points: Vec<_> =
         (0..2 * EACH).map(|number| sandbox.directory(&number.to_string())).collect();
     let (for_processes, for_threads) = mount_points.split_at(EACH);
     let taken = AtomicU32::new(0);
 
     meanwhile(
-        || take_a_loop_device(&taken),
+        || allocate_loop_device(&taken),
         || {
             let start = |(number, mount_point): (usize, &PathBuf)| {
                 Command::new(env!("CARGO_BIN_EXE_mount-composefs"))
@@ -103,7 +107,7 @@ fn mounts_by_the_hundred_do_not_come_in_each_others_way() {
             }
         },
     );
-    assert!(taken.into_inner() > 0, "nobody came in their way");
+    assert!(taken.into_inner() > 0, "no other program took a loop device");
     for (number, mount_point) in mount_points.iter().enumerate() {
         assert_eq!(fs::read(mount_point.join("data/70000")).unwrap().len(), 70_000);
         if number % 17 == 0 {
@@ -115,8 +119,8 @@ fn mounts_by_the_hundred_do_not_come_in_each_others_way() {
     assert_no_loop_device(sandbox.path("").to_str().unwrap());
 }
 
-/// What others do with loop devices.
-fn take_a_loop_device(taken: &AtomicU32) {
+/// Allocates a loop device for a moment, like another program.
+fn allocate_loop_device(taken: &AtomicU32) {
     let control = File::options().read(true).write(true).open("/dev/loop-control").unwrap();
     let backing = memfd_create("other", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&backing, 4096).unwrap();
@@ -128,25 +132,37 @@ fn take_a_loop_device(taken: &AtomicU32) {
     }
 }
 
-/// Mounts an image, changing something when it was opened and before it is copied.
+/// Mounts an image. Calls `change` after sealmount has opened the image and the object directories, and
+/// before the copy.
 fn changed_when_opened(
     options: &MountOptions,
     image: &Path,
     change: impl Fn(),
 ) -> Result<sealmount::DetachedMount, Error> {
-    let mut is_changed = false;
-    let result = options.mount_with(image, &mut |step| {
-        if let Step::ImageOpened { .. } = step {
-            change();
-            is_changed = true;
+    let image = Image::open(image)?;
+    let mut overlay = options.overlay.clone();
+    overlay.verity = Some(options.effective_verity());
+    let overlay = overlay.open()?;
+    change();
+    let source = match (options.copy, options.digest) {
+        (Some(memory), digest) => {
+            let mut copy = CopyOptions::new(memory);
+            (copy.size, copy.digest) = (options.size, digest);
+            image.copy(&copy)?
         }
-    });
-    assert!(is_changed);
-    result
+        (None, Some(digest)) => image.verify(digest)?,
+        (None, None) => image.trust()?,
+    };
+    Ok(overlay.mount(&source.mount()?)?)
+}
+
+/// Returns whether the size of the file changed during the copy.
+fn is_changed(error: &Error) -> bool {
+    matches!(error, Error::Source(SourceError::Changed { .. }))
 }
 
 #[test]
-fn an_image_that_changes_between_opening_and_copying_is_refused() {
+fn image_resized_between_open_and_copy_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("changing.cfs");
     let set_size = |size| {
@@ -160,18 +176,19 @@ fn an_image_that_changes_between_opening_and_copying_is_refused() {
         file.write_all_at(&[byte[0] ^ 1], 20_000).unwrap();
     };
     let size = fs::metadata(V1.image()).unwrap().len();
-    for memory in [Memory::Memfd, Memory::Ramfs] {
+    for memory in [MemoryKind::Memfd, MemoryKind::Ramfs] {
         for has_digest in [true, false] {
             let mut options = copy_into(memory);
             options.digest = options.digest.filter(|_| has_digest);
             for new_size in [0, 4096, size - 1, size + 1, 2 * size] {
                 fs::copy(V1.image(), &image).unwrap();
                 let error = changed_when_opened(&options, &image, set_size(new_size)).unwrap_err();
-                assert!(matches!(error, Error::ImageChanged { .. }), "{new_size}: {error}");
+                assert!(is_changed(&error), "{new_size}: {error}");
             }
             fs::copy(V1.image(), &image).unwrap();
             match (has_digest, changed_when_opened(&options, &image, one_bit)) {
-                (true, Err(Error::DigestMismatch { .. })) | (false, Ok(_)) => {}
+                (true, Err(Error::Source(SourceError::DigestMismatch { .. }))) | (false, Ok(_)) => {
+                }
                 (_, result) => panic!("{result:?}"),
             }
         }
@@ -180,7 +197,7 @@ fn an_image_that_changes_between_opening_and_copying_is_refused() {
 }
 
 #[test]
-fn an_image_that_is_replaced_after_opening_is_still_the_one_that_was_opened() {
+fn replaced_or_removed_image_stays_pinned() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, other) = (sandbox.path("image.cfs"), sandbox.path("other.cfs"));
     let mount_point = sandbox.directory("mnt");
@@ -189,7 +206,7 @@ fn an_image_that_is_replaced_after_opening_is_still_the_one_that_was_opened() {
         fs::rename(&other, &image).unwrap();
     };
     let remove = || fs::remove_file(&image).unwrap();
-    for options in [V1.options(), copy_into(Memory::Memfd), copy_into(Memory::Ramfs)] {
+    for options in [V1.options(), copy_into(MemoryKind::Memfd), copy_into(MemoryKind::Ramfs)] {
         for change in [&replace as &dyn Fn(), &remove] {
             fs::copy(V1.image(), &image).unwrap();
             let mount = changed_when_opened(&options, &image, change).unwrap();
@@ -200,11 +217,11 @@ fn an_image_that_is_replaced_after_opening_is_still_the_one_that_was_opened() {
     }
 }
 
-/// How often a race is run whose moment cannot be chosen.
+/// The number of rounds of a race whose moment the test cannot choose.
 const ROUNDS: usize = 100;
 
 #[test]
-fn a_path_that_names_one_image_after_another_gives_one_of_them_whole() {
+fn repeatedly_replaced_image_mounts_whole() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, next) = (sandbox.path("image.cfs"), sandbox.path("next.cfs"));
     let mount_point = sandbox.directory("mnt");
@@ -224,39 +241,40 @@ fn a_path_that_names_one_image_after_another_gives_one_of_them_whole() {
     meanwhile(replace, || {
         for round in 0..ROUNDS {
             let (memory, has_digest) = match round % 5 {
-                0 => (Some(Memory::Memfd), false),
-                1 => (Some(Memory::Memfd), true),
-                2 => (Some(Memory::Ramfs), false),
-                3 => (Some(Memory::Ramfs), true),
+                0 => (Some(MemoryKind::Memfd), false),
+                1 => (Some(MemoryKind::Memfd), true),
+                2 => (Some(MemoryKind::Ramfs), false),
+                3 => (Some(MemoryKind::Ramfs), true),
                 _ => (None, false),
             };
             let mut options = V1.copy_options();
-            options.basedirs.push(V2.objects().into());
+            options.overlay.objects.push(V2.objects().into());
             options.copy = memory;
             options.digest = options.digest.filter(|_| has_digest);
             match options.mount(&image) {
                 Ok(mount) => {
                     mount.attach(&mount_point).unwrap();
                     assert_is_manifest(&mount_point);
-                    // Only V2 has it as a hard link.
+                    // Only the V2 image has the hard link.
                     let links = fs::metadata(mount_point.join("data/70000")).unwrap().nlink();
-                    assert!(!has_digest || links == 1, "V2 is not what the digest is of");
+                    assert!(!has_digest || links == 1, "the digest of V1 does not match V2");
                     umount(&mount_point);
                 }
-                Err(Error::DigestMismatch { found, .. }) if has_digest => {
-                    assert_eq!(*found, compute_digest(Algorithm::Sha256, &plain[1]));
+                Err(Error::Source(SourceError::DigestMismatch { found, .. })) if has_digest => {
+                    assert_eq!(*found, Digest::of_bytes(Algorithm::Sha256, &plain[1]));
                 }
-                Err(Error::Image { problem: ImageError::NotAFile("FIFO"), .. }) => {}
-                Err(Error::Image { problem: ImageError::Compressed(_), .. })
-                    if memory.is_none() => {}
-                Err(error) => panic!("{error}"),
+                Err(error) => match image_problem(&error) {
+                    Some(ImageProblem::NotAFile("FIFO")) => {}
+                    Some(ImageProblem::Compressed(_)) if memory.is_none() => {}
+                    _ => panic!("{error}"),
+                },
             }
         }
     });
 }
 
-/// An image that is larger than what one thread reads at a time, and the same with every other byte
-/// behind the file system changed.
+/// Returns an image that is larger than the piece that one thread reads at a time. Also returns a
+/// variant that differs in every other byte after the file system.
 fn two_images() -> [Vec<u8>; 2] {
     let one = large_image(2 << 20);
     let mut other = one.clone();
@@ -264,21 +282,17 @@ fn two_images() -> [Vec<u8>; 2] {
     [one, other]
 }
 
-/// What the loop device of a copy holds.
+/// Returns the content of the loop device of a copy.
 fn copied(options: &MountOptions, image: &Path) -> Result<Vec<u8>, Error> {
-    let mut device = None;
-    let mount = options.mount_with(image, &mut |step| {
-        if let Step::LoopDevice { device: path } = step {
-            device = Some(path);
-        }
-    })?;
-    let content = fs::read(device.unwrap()).unwrap();
+    let mount = options.mount(image)?;
+    let device = mount.report().unwrap().erofs.loop_device.as_ref().unwrap();
+    let content = fs::read(device).unwrap();
     drop(mount);
     Ok(content)
 }
 
 #[test]
-fn an_image_that_is_written_to_meanwhile_is_what_its_digest_says_or_refused() {
+fn image_under_writes_keeps_digest_or_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let images = two_images();
     let image = sandbox.file("written.cfs", &images[0]);
@@ -294,14 +308,14 @@ fn an_image_that_is_written_to_meanwhile_is_what_its_digest_says_or_refused() {
     meanwhile(write, || {
         for round in 0..ROUNDS {
             let mut options = V1.copy_options();
-            options.digest =
-                (round % 2 == 0).then(|| compute_digest(Algorithm::Sha256, &images[round / 2 % 2]));
+            options.digest = (round % 2 == 0)
+                .then(|| Digest::of_bytes(Algorithm::Sha256, &images[round / 2 % 2]));
             match (options.digest, copied(&options, &image)) {
                 (Some(digest), Ok(content)) => {
-                    assert_eq!(compute_digest(Algorithm::Sha256, &content), digest);
+                    assert_eq!(Digest::of_bytes(Algorithm::Sha256, &content), digest);
                 }
-                (Some(_), Err(Error::DigestMismatch { .. })) => {}
-                // Every byte is one that was there.
+                (Some(_), Err(Error::Source(SourceError::DigestMismatch { .. }))) => {}
+                // Every byte belongs to one of the two images.
                 (None, Ok(content)) => {
                     assert_eq!(content.len(), images[0].len());
                     let is_one = |(n, byte): (usize, &u8)| images.iter().any(|i| i[n] == *byte);
@@ -315,14 +329,14 @@ fn an_image_that_is_written_to_meanwhile_is_what_its_digest_says_or_refused() {
 }
 
 #[test]
-fn an_image_that_is_truncated_meanwhile_is_whole_or_refused() {
+fn image_truncated_during_copy_is_whole_or_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let [content, _] = two_images();
-    let digest = compute_digest(Algorithm::Sha256, &content);
+    let digest = Digest::of_bytes(Algorithm::Sha256, &content);
     let image = sandbox.file("image", &content);
     let compressed: Vec<_> =
         ["zstd", "xz", "gzip"].map(|program| compressed(&sandbox, program, &image)).into();
-    let mut refused = 0;
+    let mut rejected = 0;
     for path in [vec![image], compressed].concat() {
         let whole = fs::read(&path).unwrap();
         let file = File::options().write(true).open(&path).unwrap();
@@ -332,38 +346,40 @@ fn an_image_that_is_truncated_meanwhile_is_whole_or_refused() {
             thread::sleep(std::time::Duration::from_millis(1));
         };
         meanwhile(truncate, || {
-            // Further, until a race was lost: it takes some rounds where two cores have time.
+            // At least one mount must meet the change. Two busy CPUs need more rounds to meet the
+            // change.
             for round in 0..100 * ROUNDS {
-                if round >= ROUNDS / 2 && refused > 0 {
+                if round >= ROUNDS / 2 && rejected > 0 {
                     break;
                 }
                 let mut options = V1.copy_options();
                 options.digest = (round % 2 == 0).then_some(digest);
                 match (options.digest, copied(&options, &path)) {
                     (Some(_), Ok(copied)) => assert!(copied == content),
-                    // In the middle of it, what was cut off and not yet written again reads as zeros.
+                    // Within the image, bytes read as zeros between the truncation and the rewrite.
                     (None, Ok(copied)) => assert_eq!(copied.len(), content.len()),
                     (_, Err(error)) => {
                         let is_documented = matches!(
                             error,
-                            Error::ImageChanged { .. }
-                                | Error::Decompress { .. }
-                                | Error::DigestMismatch { .. }
-                                | Error::Image { .. }
+                            Error::Source(
+                                SourceError::Changed { .. }
+                                    | SourceError::Decompress { .. }
+                                    | SourceError::DigestMismatch { .. },
+                            )
                         );
-                        assert!(is_documented, "{error}");
-                        refused += 1;
+                        assert!(is_documented || image_problem(&error).is_some(), "{error}");
+                        rejected += 1;
                     }
                 }
             }
         });
         assert_no_loop_device(path.to_str().unwrap());
     }
-    assert!(refused > 0, "no race was lost");
+    assert!(rejected > 0, "every mount was faster than the change");
 }
 
 #[test]
-fn a_file_that_is_truncated_under_its_mount_gives_errors_and_no_crash() {
+fn image_truncated_while_mounted_causes_no_crash() {
     let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("image.cfs");
     let mount_point = sandbox.directory("mnt");
@@ -380,24 +396,26 @@ fn a_file_that_is_truncated_under_its_mount_gives_errors_and_no_crash() {
                     let _ = fs::read(mount_point.join("data/70000"));
                     umount(&mount_point);
                 }
-                Err(Error::Image { .. } | Error::Kernel(_)) => {}
-                Err(error) => panic!("{error}"),
+                Err(error) => {
+                    let is_expected = image_problem(&error).is_some() || error.kernel().is_some();
+                    assert!(is_expected, "{error}");
+                }
             }
         }
     });
 }
 
 #[test]
-fn object_directories_that_are_swapped_are_never_mixed() {
+fn swapped_object_directories_are_never_mixed() {
     let Some(sandbox) = sandbox!() else { return };
     let (objects, empty) = (sandbox.directory("objects"), sandbox.directory("empty"));
     run("cp", ["-r", &format!("{}/.", V1.objects().display()), objects.to_str().unwrap()]);
     let mount_point = sandbox.directory("mnt");
     let swap = || renameat_with(CWD, &objects, CWD, &empty, RenameFlags::EXCHANGE).unwrap();
-    let mut options = copy_into(Memory::Memfd);
-    options.basedirs = vec![objects.clone().into()];
+    let mut options = copy_into(MemoryKind::Memfd);
+    options.overlay.objects = vec![objects.clone().into()];
 
-    // The one that was there when it was opened.
+    // The mount uses the directory that was at the path when sealmount opened the path.
     let mount = changed_when_opened(&options, &V1.image(), swap).unwrap();
     mount.attach(&mount_point).unwrap();
     assert_is_manifest(&mount_point);
@@ -421,7 +439,7 @@ fn object_directories_that_are_swapped_are_never_mixed() {
 }
 
 #[test]
-fn a_mount_point_that_goes_away_is_an_error_and_nothing_is_left() {
+fn removed_mount_point_fails_and_leaves_nothing() {
     let Some(sandbox) = sandbox!() else { return };
     let image = sandbox.path("image.cfs");
     fs::copy(V1.image(), &image).unwrap();
@@ -431,19 +449,29 @@ fn a_mount_point_that_goes_away_is_an_error_and_nothing_is_left() {
     let mount =
         changed_when_opened(&V1.copy_options(), &image, || fs::remove_dir(&mount_point).unwrap())
             .unwrap();
-    match mount.attach(opened).unwrap_err() {
-        Error::Directory { role: DirectoryRole::MountPoint, errno: Errno::NOENT, .. } => {}
-        Error::Kernel(error) => {
-            assert_eq!((error.operation, error.errno), (Operation::Attach, Errno::NOENT));
+    let error = mount.attach(opened).unwrap_err();
+    match error.problem() {
+        AttachProblem::Directory(directory) => {
+            assert_eq!(directory.role(), DirectoryRole::MountPoint);
+            assert_eq!(directory.raw_os_error(), Errno::NOENT.raw_os_error());
+        }
+        AttachProblem::Kernel(error) => {
+            assert_eq!(error.operation(), Operation::Attach);
+            assert_eq!(error.raw_os_error(), Errno::NOENT.raw_os_error());
         }
         error => panic!("{error}"),
     }
+    // The mount survives the failure, and a caller can attach the mount elsewhere.
+    let other = sandbox.directory("other");
+    error.into_mount().attach(&other).unwrap();
+    assert_is_manifest(&other);
+    umount(&other);
     assert_eq!(format!("{:?}", mounts()), before);
     assert_no_loop_device(image.to_str().unwrap());
 }
 
 #[test]
-fn a_mount_point_that_is_moved_or_mounted_over_is_still_the_one_that_was_opened() {
+fn moved_or_overmounted_mount_point_stays_pinned() {
     let Some(sandbox) = sandbox!() else { return };
     let (mount_point, moved) = (sandbox.directory("mnt"), sandbox.path("moved"));
     let opened = open_mount_point(&mount_point).unwrap();
@@ -455,7 +483,7 @@ fn a_mount_point_that_is_moved_or_mounted_over_is_still_the_one_that_was_opened(
     assert_is_manifest(&moved);
     umount(&moved);
 
-    // As mount(8) does: on top of what is there.
+    // The mount covers a newer mount, as with mount(8).
     let opened = open_mount_point(&mount_point).unwrap();
     let mount = V1.options().mount(V1.image()).unwrap();
     run("mount", ["-t", "tmpfs", "tmpfs", mount_point.to_str().unwrap()]);
@@ -466,11 +494,11 @@ fn a_mount_point_that_is_moved_or_mounted_over_is_still_the_one_that_was_opened(
 }
 
 #[test]
-fn a_mount_point_that_comes_and_goes_is_mounted_on_or_refused() {
+fn recreated_mount_point_mounts_or_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let remove = || {
-        // Busy while it is mounted on.
+        // The removal of a mount point fails with EBUSY.
         if fs::remove_dir(&mount_point).is_ok() {
             fs::create_dir(&mount_point).unwrap();
         }
@@ -500,11 +528,11 @@ fn a_mount_point_that_comes_and_goes_is_mounted_on_or_refused() {
 }
 
 #[test]
-fn a_thread_with_a_mount_namespace_of_its_own_mounts_there_and_nowhere_else() {
+fn thread_in_own_namespace_mounts_only_there() {
     let Some(sandbox) = sandbox!() else { return };
     let mount_point = sandbox.directory("mnt");
     let before = format!("{:?}", mounts());
-    for options in [V1.options(), copy_into(Memory::Memfd), copy_into(Memory::Ramfs)] {
+    for options in [V1.options(), copy_into(MemoryKind::Memfd), copy_into(MemoryKind::Ramfs)] {
         let (mounted, checked) = (Barrier::new(3), Barrier::new(3));
         thread::scope(|scope| {
             scope.spawn(|| {
@@ -526,7 +554,7 @@ fn a_thread_with_a_mount_namespace_of_its_own_mounts_there_and_nowhere_else() {
             checked.wait();
         });
     }
-    // A mount made in one namespace, detached, can be attached in another.
+    // A process can make a mount in one namespace and attach the mount in another namespace.
     let mount = thread::scope(|scope| {
         let other = scope.spawn(|| {
             sealmount_sys::unshare_mount_namespace().unwrap();

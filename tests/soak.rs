@@ -1,5 +1,5 @@
-//! Mounts and unmounts in every mode, some thousand times, and fails where anything has grown. Not
-//! part of `cargo test`:
+//! Mounts and unmounts in every mode, some thousand times, and fails if a figure has grown.
+//! `cargo test` alone does not run the soak test:
 //!
 //!     cargo test --test soak -- 20000     (as root)
 //!
@@ -11,24 +11,25 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ExitCode};
 use std::time::{Duration, Instant};
 
-use sealmount::{Digest, Memory, MountOptions, UpperLayer, Verity};
+use sealmount::{Digest, Error, MemoryKind, MountOptions, UpperLayer, Verity};
 use test_support::{
     Fixture, Sandbox, V1, V2, assert_is_manifest, assert_is_manifest_mapped, loop_devices,
     mount_composefs, mounts, sandbox, through, umount,
 };
 
-/// How many cycles there are between two lines of figures.
+/// The number of cycles between two lines of figures.
 const PERIOD: usize = 1000;
-/// Cycles before the first line: caches fill, and the kernel makes its first loop devices.
+/// The number of cycles before the first line. In these cycles, caches fill, and the kernel makes its
+/// first loop devices.
 const WARM_UP: usize = 500;
-/// Every so many cycles the whole tree is compared. Two files are read in each.
+/// The number of cycles between two comparisons of the whole tree. Each cycle reads two files.
 const WHOLE_TREE: usize = 25;
 
-/// A figure that must not grow.
+/// A figure that must not grow, for example used memory.
 struct Figure {
     name: &'static str,
-    /// By how much it may be larger at the end than after the warm-up. The first five are of the
-    /// whole machine, so others count in them; a leak of 1 KiB a cycle exceeds the bound all the same.
+    /// The permitted growth between the warm-up and the end. The first five figures count the whole
+    /// machine, with other programs. A leak of 1 KiB per cycle still exceeds the bound.
     bound: u64,
     read: fn(&Soak) -> u64,
 }
@@ -47,7 +48,7 @@ const FIGURES: [Figure; 11] = [
     Figure { name: "own RSS KiB", bound: 2 << 10, read: |_| own_rss() },
 ];
 
-/// A line of /proc/meminfo, in KiB.
+/// Returns a field of /proc/meminfo, in KiB.
 fn meminfo(field: &str) -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
     number_of(&meminfo, field)
@@ -72,7 +73,7 @@ fn entries(directory: &Path) -> u64 {
     fs::read_dir(directory).unwrap().count() as u64
 }
 
-/// What a cycle does.
+/// The work of a cycle: a mount with these options, and the expected result.
 struct Mode {
     name: &'static str,
     image: PathBuf,
@@ -81,10 +82,10 @@ struct Mode {
 }
 
 enum Outcome {
-    /// The owners moved up by so many.
+    /// A mount of the tree of the manifest, with all owners moved up by this number.
     Tree(u32),
-    /// The error contains this text.
-    Refused(&'static str),
+    /// An error that contains this text.
+    Rejected(&'static str),
 }
 
 struct Soak {
@@ -103,7 +104,7 @@ impl Soak {
         let content = fs::read(V1.image()).unwrap();
         let v1 = image("v1", &content);
         let v2 = image("v2", &fs::read(V2.image()).unwrap());
-        let cut_short = image("cut short", &content[..20480]);
+        let truncated = image("truncated", &content[..20480]);
         let compressed = [["zstd", "-c"], ["xz", "-c"], ["gzip", "-c"]]
             .map(|program| image(program[0], &through(&program, &content)));
 
@@ -119,40 +120,39 @@ impl Soak {
         let tree = || Outcome::Tree(0);
         add("plain V1", &v1, V1.options(), tree());
         add("plain V2", &v2, V2.options(), tree());
-        add("memfd V1", &v1, copy(&V1, Memory::Memfd), tree());
-        add("memfd V2", &v2, copy(&V2, Memory::Memfd), tree());
-        add("ramfs V1", &v1, copy(&V1, Memory::Ramfs), tree());
-        add("ramfs V2", &v2, copy(&V2, Memory::Ramfs), tree());
+        add("memfd V1", &v1, copy(&V1, MemoryKind::Memfd), tree());
+        add("memfd V2", &v2, copy(&V2, MemoryKind::Memfd), tree());
+        add("ramfs V1", &v1, copy(&V1, MemoryKind::Ramfs), tree());
+        add("ramfs V2", &v2, copy(&V2, MemoryKind::Ramfs), tree());
         for (image, name) in compressed.iter().zip(["zstd", "xz", "gzip"]) {
-            add(name, image, copy(&V1, Memory::Memfd), tree());
+            add(name, image, copy(&V1, MemoryKind::Memfd), tree());
         }
         let mut options = V1.options();
-        options.basedirs = vec![objects.clone().into()];
-        options.verity = Some(Verity::Try);
+        options.overlay.objects = vec![objects.clone().into()];
+        options.overlay.verity = Some(Verity::Try);
         add("tryverity", &v1, options.clone(), tree());
-        options.verity = Some(Verity::Require);
-        add("verity refused", &v1, options, Outcome::Refused("fs-verity"));
-        let mut options = copy(&V1, Memory::Memfd);
+        options.overlay.verity = Some(Verity::Require);
+        add("verity rejected", &v1, options, Outcome::Rejected("fs-verity"));
+        let mut options = copy(&V1, MemoryKind::Memfd);
         options.idmap = Some(idmap.as_str().into());
         add("idmap", &v1, options, Outcome::Tree(100_000));
-        let mut options = copy(&V1, Memory::Ramfs);
-        options.upper = Some(UpperLayer {
-            upperdir: sandbox.directory("upper").into(),
-            workdir: sandbox.directory("work").into(),
-        });
+        let mut options = copy(&V1, MemoryKind::Ramfs);
+        options.overlay.upper =
+            Some(UpperLayer::new(sandbox.directory("upper"), sandbox.directory("work")));
         add("upper", &v1, options, tree());
-        for memory in [Memory::Memfd, Memory::Ramfs] {
+        for memory in [MemoryKind::Memfd, MemoryKind::Ramfs] {
             let mut options = copy(&V1, memory);
             options.digest = Some("0".repeat(64).parse::<Digest>().unwrap());
-            add("wrong digest", &v1, options, Outcome::Refused(V1.digest));
+            add("wrong digest", &v1, options, Outcome::Rejected(V1.digest));
         }
-        add("cut short", &cut_short, V1.options(), Outcome::Refused("cut short"));
+        let text = "the file is truncated: it has 20480 bytes";
+        add("truncated", &truncated, V1.options(), Outcome::Rejected(text));
 
         sandbox.directory("mnt");
         Soak { sandbox, modes, _user_namespace: user_namespace }
     }
 
-    /// Mode after mode, by the library and by the helper in turn.
+    /// Runs one mode after another, with the library and with the helper in turn.
     fn cycle(&self, number: usize) {
         let mode = &self.modes[number % self.modes.len()];
         let is_helper = number / self.modes.len() % 2 == 1;
@@ -161,7 +161,7 @@ impl Soak {
             false => mode
                 .options
                 .mount(&mode.image)
-                .and_then(|mount| mount.attach(&mount_point))
+                .and_then(|mount| mount.attach(&mount_point).map_err(Error::from))
                 .map_err(|error| error.to_string()),
             true => by_helper(mode, &mount_point),
         };
@@ -173,12 +173,12 @@ impl Soak {
                         id => assert_is_manifest_mapped(&mount_point, *id),
                     }
                 }
-                // One from the image, one from the objects.
+                // The first file lies in the image, the second in the objects.
                 assert!(!fs::read(mount_point.join("hello.txt")).unwrap().is_empty());
                 assert_eq!(fs::read(mount_point.join("data/70000")).unwrap().len(), 70_000);
                 umount(&mount_point);
             }
-            (Outcome::Refused(text), Err(error)) => assert!(error.contains(text), "{error}"),
+            (Outcome::Rejected(text), Err(error)) => assert!(error.contains(text), "{error}"),
             (_, result) => panic!("cycle {number}, {}: {result:?}", mode.name),
         }
     }
@@ -225,7 +225,7 @@ fn main() -> ExitCode {
     }
     let took = start.elapsed();
 
-    // The kernel frees some of it in the background, and others come and go.
+    // The kernel frees memory in the background, and other programs use memory.
     let has_grown = |after: &[u64]| {
         let grown = FIGURES.iter().zip(before).zip(after);
         grown

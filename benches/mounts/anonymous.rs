@@ -10,7 +10,7 @@ use crate::sizes::{MIB, SIZES};
 use crate::timing::{Effort, Samples};
 use crate::whole_process::copy_options;
 
-/// What is copied, and the window that its decoder has to keep, in bytes.
+/// The formats that are copied, and the window that each decoder keeps, in bytes.
 pub const FORMATS: [(&str, usize); 4] =
     [("uncompressed", 0), ("zstd", ZSTD_WINDOW), ("xz", XZ_WINDOW), ("gzip", GZIP_WINDOW)];
 
@@ -37,13 +37,13 @@ pub fn measure(bench: &Bench, image: &Image, report: &mut Report) {
     }
 }
 
-/// The most that was seen, in MiB: looked for all the time.
+/// Returns the highest value in MiB, sampled all the time.
 fn peak(command: &mut Command) -> f64 {
     let mut child = command.stdin(Stdio::null()).spawn().unwrap();
     let path = format!("/proc/{}/smaps_rollup", child.id());
     let mut peak = 0.0;
     loop {
-        // Exact, as RssAnon in status is not before 6.17. Of a process that has ended there is none.
+        // Exact, unlike RssAnon in status before Linux 6.17. Missing after the end of the process.
         let text = fs::read_to_string(&path).unwrap_or_default();
         let kibibytes = text
             .lines()
@@ -57,7 +57,7 @@ fn peak(command: &mut Command) -> f64 {
     }
 }
 
-/// The most that was seen with any size.
+/// Returns the highest value of all sizes.
 pub fn most(report: &Report, format: &str) -> Option<f64> {
     let all = SIZES.iter().filter_map(|size| report.samples(&group(*size), format));
     all.map(|samples| samples.quantile(1.0)).reduce(f64::max)

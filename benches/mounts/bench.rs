@@ -16,7 +16,7 @@ pub struct Bench {
     pub effort: Effort,
     pub programs: Programs,
     pub sandbox: Sandbox,
-    /// Where everything is mounted.
+    /// The mount point of all mounts.
     pub mnt: PathBuf,
     pub tmpfs: PathBuf,
     pub ramfs: PathBuf,
@@ -33,13 +33,12 @@ impl Bench {
         umount(&self.mnt);
     }
 
-    /// Runs something that takes memory for as long as it lasts: right before it so much is free, and
-    /// once more right behind it.
+    /// Runs work that allocates this memory. The same memory is in use until just before.
     ///
-    /// A kernel in a virtual machine may give memory back to the host that was free for a moment (free
-    /// page reporting). Taking it again costs more than filling it, and nobody can tell when that
-    /// happens. So it is in use until just before; and a page here and there stays in use, because what
-    /// is given back are whole huge pages.
+    /// The kernel of a virtual machine may give free memory back to its host after a while (free page
+    /// reporting). Getting the memory back costs more than filling it. So the memory is in use until just
+    /// before. A page in each quarter of a megabyte stays in use, because the kernel gives back whole huge
+    /// pages.
     pub fn with_memory<T>(&self, memory: &[Taken], run: impl FnOnce() -> T) -> T {
         let before = machine::held();
         let mut kept = Vec::new();
@@ -66,15 +65,15 @@ impl Bench {
     }
 }
 
-/// Memory, in bytes. The kernel keeps apart what it can move elsewhere and what not.
+/// Memory, in bytes. The kernel separates movable memory from unmovable memory.
 pub enum Taken {
-    /// Of a memfd, a tmpfs and of files on disk.
+    /// A memfd, a tmpfs, and files on disk.
     PageCache(usize),
     Ramfs(usize),
 }
 
 impl Taken {
-    /// A page, and what is between two such: a part of a huge page.
+    /// A page, and the distance of two such pages: a part of a huge page.
     const KEPT: usize = 4096;
     const BETWEEN_KEPT: usize = MIB / 4;
 

@@ -1,4 +1,4 @@
-//! A chart of time by size, as SVG: both axes logarithmic, so what is linear has the slope 1.
+//! A chart of time by size, as SVG. Both axes are logarithmic, so linear growth has the slope 1.
 
 use std::fmt::Write as _;
 

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Advice, fadvise};
-use sealmount::{Algorithm, Digest, compute_digest};
+use sealmount::{Algorithm, Digest};
 use test_support::V1;
 
 use crate::bench::Bench;
@@ -13,13 +13,13 @@ use crate::programs::Program;
 use crate::sizes::MIB;
 use crate::timing::Random;
 
-/// The window of what the programs make, of which a decoder keeps as much: zstd's by default, xz's by
-/// default, and gzip's, which knows but one.
+/// The windows of the compressing programs, which a decoder keeps in memory: the defaults of zstd and xz,
+/// and the only window of gzip.
 pub const ZSTD_WINDOW: usize = 2 * MIB;
 pub const XZ_WINDOW: usize = 8 * MIB;
 pub const GZIP_WINDOW: usize = 32 * 1024;
 
-/// An image, and what the compressing programs make of it where they are installed.
+/// An image, and its compressed files. A program that is not installed makes no file.
 pub struct Image {
     pub path: PathBuf,
     pub size: usize,
@@ -30,15 +30,15 @@ pub struct Image {
 }
 
 impl Image {
-    /// The bundled V1 image with a superblock that gives it this size. Nothing looks at what is
-    /// behind its own end.
+    /// Creates the bundled V1 image with a superblock that gives this size. EROFS never reads the bytes
+    /// behind the original image.
     pub fn create(bench: &Bench, size: usize) -> io::Result<Image> {
         println!("an image of {} MB…", size / MIB);
         let mut content = fs::read(V1.image())?;
         content[1060..1064].copy_from_slice(&(size as u32 / 4096).to_le_bytes());
         fill(&mut content, size);
         let path = bench.sandbox.file(&format!("{}.cfs", size / MIB), &content);
-        let digest = compute_digest(Algorithm::Sha256, &content);
+        let digest = Digest::of_bytes(Algorithm::Sha256, &content);
         drop(content);
         let compressed = |program: &Option<Program>, arguments: &[&str], suffix| {
             let program = program.as_ref()?;
@@ -48,7 +48,7 @@ impl Image {
             Some(path.with_extension(suffix))
         };
         let programs = &bench.programs;
-        // Without the preset, it takes ten times as long and saves a fifth more.
+        // The default preset needs ten times as long and saves a fifth more.
         let xz = ["--threads=0", "--lzma2=preset=1,dict=8MiB"];
         let image = Image {
             size,
@@ -63,13 +63,13 @@ impl Image {
     }
 }
 
-/// Takes a file out of the page cache.
+/// Drops a file from the page cache.
 pub fn make_cold(path: &Path) {
     fadvise(File::open(path).unwrap(), 0, None, Advice::DontNeed).unwrap();
 }
 
-/// Something like the inodes of an image, 256 bytes each: a quarter are digests, which cannot be
-/// compressed, of the rest little is left.
+/// Appends bytes like the inodes of an image, 256 bytes each. A quarter are digests, which cannot be
+/// compressed. The other bytes compress well.
 fn fill(content: &mut Vec<u8>, size: usize) {
     let mut random = Random::default();
     content.reserve(size);

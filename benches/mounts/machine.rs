@@ -19,7 +19,7 @@ impl MemInfo {
         MemInfo(text.lines().filter_map(parse).collect())
     }
 
-    /// With what each core has not told yet, where the kernel can be asked for it.
+    /// Reads it after each core has added its pending counts, if the kernel supports that.
     pub fn read_all() -> MemInfo {
         let _ = fs::write("/proc/sys/vm/stat_refresh", "1");
         MemInfo::read()
@@ -34,14 +34,14 @@ pub fn available() -> u64 {
     MemInfo::read().get("MemAvailable")
 }
 
-/// Memory that is freed only when what holds it is unmounted or removed, in bytes.
+/// Returns the memory of tmpfs files, memfds and ramfs, in bytes.
 pub fn held() -> u64 {
     let info = MemInfo::read();
     info.get("Shmem") + info.get("Unevictable")
 }
 
-/// Waits until no more is held than was before: the kernel frees what was unmounted a moment later.
-/// Others may have taken some meanwhile, so no longer than a gigabyte takes.
+/// Waits until no more memory is held than before: the kernel frees unmounted memory a moment later.
+/// Other processes may use memory meanwhile, so the wait ends after half a second.
 pub fn wait_until_freed(before: u64) {
     for _ in 0..50 {
         std::thread::sleep(Duration::from_millis(10));

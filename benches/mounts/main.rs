@@ -1,7 +1,8 @@
-//! Measures what docs/benchmarks.md shows, and writes it there: `cargo bench`, as root.
+//! Measures the figures of docs/benchmarks.md and writes them there: `cargo bench --features helper`, as
+//! root.
 //!
-//! `SEALMOUNT_BENCH_QUICK=1` measures little and writes nothing. More programs to compare with are
-//! named by variables, see [`programs`].
+//! With `SEALMOUNT_BENCH_QUICK=1` it measures few rounds and small images, and writes no files. Variables
+//! give the paths of other programs to compare with, see [`programs`].
 #![forbid(unsafe_code)]
 
 mod anonymous;
@@ -15,7 +16,9 @@ mod memory;
 mod parts;
 mod programs;
 mod report;
+mod shared;
 mod sizes;
+mod stop;
 mod timing;
 mod whole_process;
 
@@ -39,7 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         [digests::COMMAND, file, digest] => return digests::check(Path::new(file), digest),
         ["--bench", ..] => {}
         _ => {
-            println!("not measured: cargo bench does that");
+            println!("not measured: run `cargo bench --features helper`");
             return Ok(());
         }
     }
@@ -58,8 +61,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     run("mount", ["-t", "ramfs", "ramfs", bench.ramfs.to_str().unwrap()]);
 
     let mut report = Report::new(&bench.programs.versions);
+    measures::add_helper_size(&bench, &mut report)?;
     digests::measure(&bench, &mut report);
     memory::measure(&bench, &mut report)?;
+    shared::measure_slab(&bench, &mut report)?;
+    if machine::available() / 4 < stop::SIZE as u64 {
+        report.skip("stopping a copy: too little memory".into());
+    } else {
+        stop::measure(&bench, &mut report)?;
+    }
     let mut images = Vec::new();
     for size in SIZES {
         if quick && size > 100 * MIB || size as u64 > machine::available() / 4 {
@@ -69,6 +79,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let image = Image::create(&bench, size)?;
         if size == MEASURED_SIZE {
             parts::measure(&bench, &image, &mut report);
+            shared::measure(&bench, &image, &mut report)?;
         }
         anonymous::measure(&bench, &image, &mut report);
         whole_process::measure(&bench, &image, &mut report);

@@ -1,23 +1,30 @@
-//! What the project has set itself, and what was found.
+//! The limits of the project, and the figures that were found.
 
+use crate::bench::Bench;
 use crate::report::{Report, Table};
 use crate::sizes::{MEASURED_SIZE, MIB};
 use crate::timing::Samples;
 use crate::whole_process::{self as whole, GROWTH, GROWTH_GROUP, of_size};
-use crate::{anonymous, digests, memory};
+use crate::{anonymous, digests, memory, parts, shared, stop};
 
 enum Limit {
     AtMost(f64),
     AtLeast(f64),
-    /// Only a figure to know.
+    /// The figure has no limit.
     None,
 }
 use Limit::{AtLeast, AtMost};
 
+const HELPER_SIZE_GROUP: &str = "MiB";
+const HELPER_SIZE: &str = "static helper";
+
+/// The size of commit ebb0dd4, 1.73 MiB, and 64 KiB.
+const HELPER_SIZE_MAX: f64 = 1.79;
+
 /// A figure of each round.
 struct Found {
     rounds: Samples,
-    /// Of a ratio, the same by the other way: first the medians, then their ratio.
+    /// The ratio of the two medians, if the figure is a ratio.
     of_medians: Option<f64>,
 }
 
@@ -44,10 +51,6 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
         true => one,
         false => other,
     };
-    let of_image = |name| {
-        let rounds = report.samples(memory::OF_IMAGE, name)?.clone();
-        Some(Found { rounds, of_medians: None })
-    };
     let [small, large] = GROWTH;
     let for_a_byte = |name| {
         let found = ratio(GROWTH_GROUP, &of_size(name, large), &of_size(name, small))?;
@@ -57,6 +60,16 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
         let (format, window) = anonymous::FORMATS[number];
         let beside_window = anonymous::most(report, format)? - window as f64 / MIB as f64;
         Some(Found { rounds: Samples::new(format, vec![beside_window]), of_medians: None })
+    };
+    let figure = |group: &str, name: &str| {
+        let rounds = report.samples(group, name)?.clone();
+        Some(Found { rounds, of_medians: None })
+    };
+    let stop = |name| figure(stop::GROUP, name);
+    let shared = |name, other| ratio(shared::GROUP, name, other);
+    let sealed = || {
+        let all = |variant| report.samples(&parts::group(variant), parts::ALL);
+        Some(Found::ratio(all(parts::SEALED_DIGEST)?, all(parts::MEMFD_DIGEST)?))
     };
     vec![
         (
@@ -112,12 +125,67 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
         (
             "ramfs: memory after walking the tree, beside directories' own ÷ image",
             AtMost(1.05),
-            of_image(memory::RAMFS_WALKED),
+            figure(memory::OF_IMAGE, memory::RAMFS_WALKED),
         ),
         (
             "memfd: memory after walking the tree, beside directories' own ÷ image",
             Limit::None,
-            of_image(memory::MEMFD_WALKED),
+            figure(memory::OF_IMAGE, memory::MEMFD_WALKED),
+        ),
+        ("sealed memfd, digest and mount ÷ copy, digest and mount", AtMost(0.8), sealed()),
+        (
+            "sealed memfd, digest and mount: MiB of memory",
+            AtMost(0.0),
+            figure(parts::MEMORY_GROUP, parts::SEALED_DIGEST),
+        ),
+        (
+            "50 mounts of one copy, walked: growth of the page cache ÷ image",
+            AtMost(1.05),
+            figure(shared::GROUP, shared::MEMORY),
+        ),
+        (
+            "50 mounts of one copy: loop devices",
+            AtMost(1.0),
+            figure(shared::GROUP, shared::LOOP_DEVICES),
+        ),
+        (
+            "50 mounts of one copy: a further mount ÷ the first",
+            AtMost(0.15),
+            shared(shared::FURTHER, shared::FIRST),
+        ),
+        (
+            "50 mounts of one copy: the slowest further mount ÷ the first",
+            Limit::None,
+            shared(shared::SLOWEST, shared::FIRST),
+        ),
+        (
+            "50 mounts of one copy: a further mount ÷ a plain mount",
+            AtMost(2.0),
+            shared(shared::FURTHER, shared::PLAIN),
+        ),
+        (
+            "10 mounts of one copy, walked: slab of a further mount ÷ of the first",
+            AtMost(0.6),
+            ratio(shared::SLAB_GROUP, shared::SLAB_FURTHER, shared::SLAB_FIRST),
+        ),
+        ("ms to stop a copy of 1 GiB at the first callback", AtMost(20.0), stop(stop::AT_FIRST)),
+        ("ms to stop a copy of 1 GiB at a quarter", AtMost(20.0), stop(stop::AT_QUARTER)),
+        ("ms to stop a copy of 1 GiB at a half", AtMost(20.0), stop(stop::AT_HALF)),
+        (
+            "ms to stop a copy of 1 GiB by a panic at the first callback",
+            AtMost(20.0),
+            stop(stop::PANIC_AT_FIRST),
+        ),
+        (
+            "ms to stop a copy of 1 GiB by a panic at a half",
+            AtMost(20.0),
+            stop(stop::PANIC_AT_HALF),
+        ),
+        ("ms to close a memfd of 512 MiB", Limit::None, stop(stop::FREE_HALF)),
+        (
+            "stop of a copy of 1 GiB at a half ÷ closing a memfd of 512 MiB",
+            Limit::None,
+            ratio(stop::GROUP, stop::AT_HALF, stop::FREE_HALF),
         ),
         ("time for a byte, 1 GB ÷ 100 MB: copy=memfd", AtMost(1.1), for_a_byte(whole::MEMFD)),
         ("time for a byte, 1 GB ÷ 100 MB: copy=ramfs", AtMost(1.1), for_a_byte(whole::RAMFS)),
@@ -126,14 +194,32 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
         ("MiB of anonymous memory beside the window, zstd", AtMost(8.0), anonymous(1)),
         ("MiB of anonymous memory beside the window, xz", AtMost(8.0), anonymous(2)),
         ("MiB of anonymous memory beside the window, gzip", AtMost(8.0), anonymous(3)),
+        (
+            "MiB of the static helper, all formats",
+            AtMost(HELPER_SIZE_MAX),
+            figure(HELPER_SIZE_GROUP, HELPER_SIZE),
+        ),
     ]
+}
+
+/// Adds the size of the static helper to the figures.
+pub fn add_helper_size(bench: &Bench, report: &mut Report) -> std::io::Result<()> {
+    let size = bench.programs.helper.size()?;
+    println!("    {size} bytes");
+    let size = Samples::new(HELPER_SIZE, vec![size as f64 / MIB as f64]);
+    report.add(HELPER_SIZE_GROUP, vec![size]);
+    Ok(())
 }
 
 pub fn tabulate(report: &mut Report) {
     let header = vec!["measure", "limit", "found", "", "quartiles", "rounds", "of medians"];
     let mut table = Table::new("measures", header);
     let dash = || "–".to_owned();
-    let text = |value: f64| format!("{value:.2}");
+    let text = |value: f64| match value {
+        // Two digits of a small ratio.
+        0.0005..0.0995 => format!("{value:.3}"),
+        _ => format!("{value:.2}"),
+    };
     for (measure, limit, found) in measures(report) {
         let median = found.as_ref().map(|found| found.rounds.median());
         let verdict = match (&limit, median) {

@@ -1,4 +1,4 @@
-//! What a mounted copy takes of memory.
+//! The memory that a mounted copy uses.
 
 use std::error::Error;
 use std::fs;
@@ -13,7 +13,7 @@ use crate::report::{Report, Table};
 use crate::sizes::MIB;
 use crate::timing::Samples;
 
-/// `SEALMOUNT_BENCH_IMAGE` names a real image to walk, maybe compressed with zstd.
+/// The variable that gives the path of a real image to walk, maybe compressed with zstd.
 const IMAGE: &str = "SEALMOUNT_BENCH_IMAGE";
 
 /// In the group of [`of_image`].
@@ -25,12 +25,12 @@ const TIMES: [&str; 2] = ["mounted", "walked"];
 const COLUMNS: [&str; 5] = ["Shmem", "Unevictable", "Buffers", "all page cache", "Slab"];
 const PAGE_CACHE: usize = 3;
 
-/// The group of figures of what an image takes, as a part of its size.
+/// The group of the page cache that an image uses, as a part of its size.
 pub const OF_IMAGE: &str = "memory, of the image";
 
-/// What has been added, in MB, of memory in tmpfs files and memfds, of such as is never swapped out
-/// (ramfs), of the page cache of block devices (loop), of all page cache, these included, and of
-/// dentries, inodes and the like.
+/// Returns the growth in MB of each column: files of tmpfs and memfds; memory that is never swapped out
+/// (ramfs); the page cache of block devices (loop); all page cache, which includes the first three;
+/// dentries and inodes.
 fn since(before: &MemInfo, now: &MemInfo) -> [f64; COLUMNS.len()] {
     let grown = |name| (now.get(name) as f64 - before.get(name) as f64) / MIB as f64;
     COLUMNS.map(|name| match name {
@@ -41,10 +41,10 @@ fn since(before: &MemInfo, now: &MemInfo) -> [f64; COLUMNS.len()] {
 
 pub fn measure(bench: &Bench, report: &mut Report) -> Result<(), Box<dyn Error>> {
     println!("memory…");
-    let image = match std::env::var_os(IMAGE).map(PathBuf::from) {
-        Some(path) => uncompressed(bench, &path)?,
+    let image = match real_image(bench)? {
+        Some(image) => image,
         None => {
-            report.skip(format!("memory of a real image: {IMAGE} names none"));
+            report.skip(format!("memory of a real image: {IMAGE} is not set"));
             Image::create(bench, 40 * MIB)?.path
         }
     };
@@ -106,17 +106,23 @@ pub fn measure(bench: &Bench, report: &mut Report) -> Result<(), Box<dyn Error>>
     Ok(())
 }
 
-fn uncompressed(bench: &Bench, path: &Path) -> std::io::Result<PathBuf> {
+/// Returns the path of the real image, decompressed, or `None` if the variable does not name an image.
+pub fn real_image(bench: &Bench) -> std::io::Result<Option<PathBuf>> {
+    let Some(path) = std::env::var_os(IMAGE).map(PathBuf::from) else { return Ok(None) };
     let image = bench.sandbox.path("real.cfs");
+    if image.exists() {
+        return Ok(Some(image));
+    }
     match path.extension().is_some_and(|extension| extension == "zst") {
         true => drop(run("zstd", ["-dqo".as_ref(), image.as_os_str(), path.as_os_str()])),
         false => drop(fs::copy(path, &image)?),
     }
-    Ok(image)
+    Ok(Some(image))
 }
 
-/// As find(1) with -ls: all directories, attributes and symbolic links.
-fn walk(directory: &Path) -> usize {
+/// Walks a tree as `find -ls` does: all directories, attributes and symbolic links. Returns the number
+/// of entries.
+pub fn walk(directory: &Path) -> usize {
     let mut entries = 0;
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();

@@ -1,10 +1,10 @@
-//! The programs that are measured. Those that are not installed are left out.
+//! The programs that are measured. A program that is not installed is left out.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// A program, and arguments that come first: a loader, for one that is not installed.
+/// A program and its first arguments. A program that is not installed may need a loader in front.
 #[derive(Clone)]
 pub struct Program(Vec<OsString>);
 
@@ -15,7 +15,7 @@ impl Program {
         command
     }
 
-    /// What a variable names, its words separated by spaces. It must be there.
+    /// Returns the program that a variable names, with words separated by spaces. The program must exist.
     fn from_environment(variable: &str) -> Option<Program> {
         let words = std::env::var(variable).ok()?;
         let words: Vec<_> = words.split_whitespace().map(OsString::from).collect();
@@ -24,7 +24,12 @@ impl Program {
         Some(program)
     }
 
-    /// What it prints when asked like this.
+    /// Returns the size of the program's file, in bytes.
+    pub fn size(&self) -> std::io::Result<u64> {
+        Ok(std::fs::metadata(&self.0[0])?.len())
+    }
+
+    /// Returns the output of the program with this argument.
     fn answer(&self, argument: &str) -> Option<String> {
         let output = self.command().arg(argument).output().ok()?;
         Some(String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
@@ -34,7 +39,7 @@ impl Program {
 pub struct Programs {
     /// The helper as README.md installs it.
     pub helper: Program,
-    /// The helper as cargo builds it without being asked for a static one.
+    /// The helper of `cargo build`, which is not static.
     pub dynamic_helper: Program,
     /// `SEALMOUNT_BENCH_MOUNT_COMPOSEFS`, or in `PATH`: mount.composefs of composefs.
     pub composefs: Option<Program>,
@@ -46,7 +51,8 @@ pub struct Programs {
     pub xz: Option<Program>,
     pub gzip: Option<Program>,
     pub taskset: Option<Program>,
-    /// What the programs say of themselves.
+    pub mkfs_erofs: Option<Program>,
+    /// The versions that the programs print.
     pub versions: Vec<String>,
 }
 
@@ -81,19 +87,22 @@ impl Programs {
             xz,
             gzip: in_path("gzip", "--fast"),
             taskset: in_path("taskset", "--cpu-list"),
+            mkfs_erofs: in_path("mkfs.erofs", "FILE DIRECTORY")
+                .or_else(|| in_path("mkfs.erofs", "FILE SOURCE")),
             versions,
         }
     }
 }
 
-/// Builds the helper with the command of README.md.
+/// Builds the static helper with all formats, as README.md does, and returns its path.
 fn static_helper() -> PathBuf {
     println!("the static helper…");
     let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("static");
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
     cargo
-        .args(["build", "--quiet", "--release", "--locked", "--bin", "mount-composefs"])
+        .args(["build", "--quiet", "--release", "--locked", "--features", "helper"])
+        .args(["--bin", "mount-composefs"])
         .args(["--target", &target, "--target-dir"])
         .arg(&directory)
         .current_dir(env!("CARGO_MANIFEST_DIR"))

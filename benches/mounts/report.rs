@@ -1,4 +1,4 @@
-//! Everything that was measured, as text.
+//! All figures, as text.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -8,7 +8,7 @@ use crate::timing::Samples;
 
 /// A table, in Markdown.
 pub struct Table {
-    /// The page says by this name where it goes.
+    /// The name of its place on the page.
     name: &'static str,
     rows: Vec<Vec<String>>,
 }
@@ -70,7 +70,7 @@ impl Report {
         self.tables.push(table);
     }
 
-    /// Says why something is not measured; once.
+    /// Prints once why a figure is not measured.
     pub fn skip(&mut self, reason: String) {
         if !self.skipped.contains(&reason) {
             println!("not measured: {reason}");
@@ -108,7 +108,7 @@ impl Report {
         text
     }
 
-    /// Puts the tables into the page, each between two comments with its name.
+    /// Writes the tables into the page, each between two comments with its name.
     pub fn fill_in(&self, page: &str) -> String {
         let machine = ("machine", format!("{}\n", self.machine));
         let tables = self.tables.iter().map(|table| (table.name, table.to_text()));

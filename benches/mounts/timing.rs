@@ -1,4 +1,4 @@
-//! Figures that can be compared: taken in turns, again and again.
+//! Figures that can be compared: measured in turns, in many rounds.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 /// How often something is measured.
 #[derive(Clone, Copy)]
 pub struct Effort {
-    /// A first round that does not count: caches fill.
+    /// Whether a first round, which fills caches, does not count.
     warms_up: bool,
     rounds_min: usize,
     rounds_max: usize,
-    /// No further round begins after that.
+    /// No further round begins after this time.
     time: Duration,
 }
 
@@ -20,21 +20,21 @@ impl Effort {
     pub const QUICK: Effort =
         Effort { rounds_min: 2, rounds_max: 5, time: Duration::from_secs(1), ..Effort::FULL };
 
-    /// For what hardly differs.
+    /// For figures that hardly differ.
     pub const FEW: Effort =
         Effort { warms_up: false, rounds_min: 1, rounds_max: 5, time: Duration::from_secs(1) };
 
-    /// For what takes seconds each time, and so long that caches do not count.
+    /// For cases that need seconds each, so that caches do not count.
     pub fn for_slow(self) -> Effort {
         Effort { warms_up: false, rounds_min: self.rounds_min.min(3), ..self }
     }
 
-    /// For a figure that needs so many rounds, however long they take.
+    /// For a figure that needs this many rounds at any cost.
     pub fn at_least(self, rounds: usize) -> Effort {
         Effort { rounds_min: rounds.min(self.rounds_max), ..self }
     }
 
-    /// Calls `round` so often; it is told whether it counts.
+    /// Calls `round` for each round, with whether the round counts.
     pub fn rounds(&self, mut round: impl FnMut(bool)) {
         if self.warms_up {
             round(false);
@@ -49,7 +49,7 @@ impl Effort {
     }
 }
 
-/// Something to measure: gives one figure.
+/// A case to measure. `run` returns one figure.
 pub struct Case<'a> {
     pub name: String,
     pub run: Box<dyn FnMut() -> f64 + 'a>,
@@ -61,7 +61,7 @@ impl<'a> Case<'a> {
     }
 }
 
-/// The figures of one thing, in the order in which they were taken.
+/// The figures of one case, in the order of the rounds.
 #[derive(Clone)]
 pub struct Samples {
     pub name: String,
@@ -77,8 +77,8 @@ impl Samples {
         self.quantile(0.5)
     }
 
-    /// The value below which such a part of all lie: 0 is the lowest, 1 the highest. Between two of
-    /// them, what is between.
+    /// Returns the value below which this part of all values lies: 0 is the lowest, 1 the highest. Between
+    /// two values, interpolates.
     pub fn quantile(&self, part: f64) -> f64 {
         let mut values = self.values.clone();
         values.sort_by(f64::total_cmp);
@@ -88,7 +88,7 @@ impl Samples {
         below + (above - below) * position.fract()
     }
 
-    /// The ratio of each round: what slows a machine down for a while slows both sides of it.
+    /// Returns the ratio of each round. A disturbance of the machine slows both sides of a round.
     pub fn ratios_to(&self, other: &Samples) -> Samples {
         let ratios = self.values.iter().zip(&other.values).map(|(one, other)| one / other);
         Samples::new(&self.name, ratios.collect())
@@ -100,8 +100,8 @@ impl Samples {
     }
 }
 
-/// Measures all cases in turns: each once in a round, in an order that differs from round to round,
-/// so that none of them always comes after the same other one.
+/// Measures all cases in turns, each once in a round. The order differs from round to round, so that no
+/// case always follows the same other case.
 pub fn alternate(effort: Effort, mut cases: Vec<Case>) -> Vec<Samples> {
     let mut samples: Vec<_> =
         cases.iter().map(|case| Samples::new(&case.name, Vec::new())).collect();
@@ -143,7 +143,7 @@ impl Random {
     }
 }
 
-/// The time of a program from its start to its end, in milliseconds. It must succeed.
+/// Returns the time of a program from its start to its end, in milliseconds. The program must succeed.
 pub fn whole_process(command: &mut Command) -> f64 {
     command.stdin(Stdio::null());
     let start = Instant::now();

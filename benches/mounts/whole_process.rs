@@ -1,4 +1,4 @@
-//! The time of whole processes: this helper, others, and what a user does without it.
+//! The time of whole processes: this helper, other helpers, and the steps of a user without them.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -67,7 +67,7 @@ pub fn group(size: usize) -> String {
     format!("ms, {} MB", size / MIB)
 }
 
-/// Measures what belongs together in turns.
+/// Measures the cases of each comparison in turns.
 pub fn measure(bench: &Bench, image: &Image, report: &mut Report) {
     for (name, effort, cases) in [
         ("plain", bench.effort, plain(bench, image, report)),
@@ -167,7 +167,7 @@ fn copies<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Ca
     cases
 }
 
-/// Apart from the others, which find the image in the page cache.
+/// The cases that read the image from the disk.
 fn cold<'a>(bench: &'a Bench, image: &'a Image) -> Vec<Case<'a>> {
     let kinds = [(PLAIN_COLD, None), (MEMFD_COLD, Some("memfd")), (RAMFS_COLD, Some("ramfs"))];
     let case = |(name, kind): (&str, Option<&'static str>)| {
@@ -217,7 +217,7 @@ fn compressed<'a>(
     ]
 }
 
-/// The objects' fs-verity is not what is measured.
+/// Returns the options of a copy. Objects are not verified.
 pub fn copy_options(image: &Image, kind: &str) -> String {
     format!("copy={kind},digest={},noverity,basedir={}", image.digest, V1.objects().display())
 }
@@ -226,7 +226,7 @@ fn plain_options() -> String {
     format!("basedir={}", V1.objects().display())
 }
 
-/// Copies an image, from this file of it.
+/// Copies an image from `file`, which may be compressed.
 fn copying<'a>(
     bench: &'a Bench,
     name: &str,
@@ -260,7 +260,7 @@ fn cat<'a>(bench: &'a Bench, name: &str, image: &'a Image) -> Case<'a> {
     Case::new(name, || into_tmpfs(bench, Command::new("cat").arg(&image.path), image.size))
 }
 
-/// What the program prints, written to a new file in a tmpfs.
+/// Writes the output of a program to a new file in a tmpfs.
 fn into_tmpfs(bench: &Bench, command: &mut Command, size: usize) -> f64 {
     bench.with_memory(&[Taken::PageCache(size)], || {
         let file = bench.tmpfs.join("image.cfs");
@@ -270,9 +270,9 @@ fn into_tmpfs(bench: &Bench, command: &mut Command, size: usize) -> f64 {
     })
 }
 
-/// Lets the processes that are started meanwhile have one core.
+/// Gives one core to the processes that `run` starts.
 fn on_one_core(taskset: &Program, run: &mut dyn FnMut() -> f64) -> f64 {
-    // Of the main thread, which is this one.
+    // This is the main thread.
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let all = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
     let one = all.trim().split([',', '-']).next().unwrap();
@@ -291,8 +291,7 @@ fn fsverity_digest(fsverity: &Program, image: &Path) -> f64 {
     whole_process(fsverity.command().arg("digest").arg(image).stdout(Stdio::null()))
 }
 
-/// What a user does today to mount from memory what was verified: three programs, without the time
-/// that a shell takes.
+/// The steps of a user today to mount a verified copy: three programs, without the time of a shell.
 fn pipeline(bench: &Bench, fsverity: &Program, composefs: &Program, image: &Image) -> f64 {
     let copy = bench.tmpfs.join("image.cfs");
     bench.with_memory(&[Taken::PageCache(image.size)], || {

@@ -1,4 +1,4 @@
-//! The text of a digest: what is understood is printed as the digits that were read.
+//! Parses a digest. The printed digest must have the same digits.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

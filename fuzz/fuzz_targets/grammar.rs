@@ -1,4 +1,4 @@
-//! The text of `-o`: what is understood is understood in the same way once it is printed.
+//! Parses the text of `-o`. The printed options must parse to the same options.
 #![no_main]
 
 use std::ffi::OsStr;
@@ -11,10 +11,10 @@ fuzz_target!(|text: &[u8]| {
     let text = OsStr::from_bytes(text);
     let strict = MountOptions::parse(text);
     match MountOptions::parse_sloppy(text) {
-        Ok(Sloppy { options, unknown }) => {
+        Ok(Sloppy { options, unknown, .. }) => {
             let printed = options.to_text();
             assert_eq!(MountOptions::parse(&printed).as_ref(), Ok(&options), "{printed:?}");
-            let _ = (options.effective_verity(), options.is_read_only());
+            let _ = (options.effective_verity(), options.overlay.is_read_only());
             match unknown.into_iter().next() {
                 None => assert_eq!(strict, Ok(options)),
                 Some(name) => assert_eq!(strict, Err(OptionsError::Unknown(name))),
@@ -22,7 +22,7 @@ fuzz_target!(|text: &[u8]| {
         }
         Err(error) => {
             assert!(!error.to_string().is_empty());
-            // What is not known is said before what is missing.
+            // sealmount reports an unknown option before a missing option.
             let is_unknown = matches!(strict, Err(OptionsError::Unknown(_)));
             assert!(is_unknown || strict == Err(error), "{strict:?}");
         }

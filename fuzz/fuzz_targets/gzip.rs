@@ -1,4 +1,4 @@
-//! A file that begins as a gzip one does, through the copy.
+//! Copies a gzip file.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! The first bytes of an image: read from as many as there are, and the same from the first 2048.
+//! Parses the first bytes of an image. The first 2048 bytes must give the same result as all bytes.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

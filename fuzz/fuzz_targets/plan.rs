@@ -1,15 +1,15 @@
-//! Options and an image, through all that is done before the kernel is asked for a mount. The input
-//! is the text of the options, a NUL byte, and the image.
+//! Runs every stage before the first mount. The input is the text of the options, a NUL byte, and the
+//! image.
 #![no_main]
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 use libfuzzer_sys::fuzz_target;
-use sealmount::{Location, Memory, MountOptions, SizeLimit, Sloppy};
+use sealmount::{Location, MemoryKind, MountOptions, SizeLimit, Sloppy};
 
-/// No path of the fuzzer's is opened: this runs as root. What they become exists, or does not, or is
-/// no directory.
+/// Replaces a path of the fuzzer, because the target runs as root. The new path is missing, a file, or
+/// a directory.
 fn tame(location: &mut Location) {
     let name = location.to_string();
     let tame = match name.bytes().fold(0, u8::wrapping_add) % 4 {
@@ -25,14 +25,15 @@ fuzz_target!(|input: &[u8]| {
     let (text, rest) = input.split_at(end);
     let parsed = MountOptions::parse_sloppy(OsStr::from_bytes(text));
     let Ok(Sloppy { mut options, .. }) = parsed else { return };
+    let overlay = &mut options.overlay;
     let upper =
-        options.upper.iter_mut().flat_map(|upper| [&mut upper.upperdir, &mut upper.workdir]);
-    options.basedirs.iter_mut().chain(&mut options.idmap).chain(upper).for_each(tame);
+        overlay.upper.iter_mut().flat_map(|upper| [&mut upper.upperdir, &mut upper.workdir]);
+    overlay.objects.iter_mut().chain(&mut options.idmap).chain(upper).for_each(tame);
     if options.copy.is_some() {
-        // A ramfs is a mount already.
-        options.copy = Some(Memory::Memfd);
+        // A copy in a ramfs would need a mount.
+        options.copy = Some(MemoryKind::Memfd);
         options.size = match options.size {
-            // 0 is no limit.
+            // The size 0 means no limit.
             Some(SizeLimit::Bytes(1..0x10_0000)) => options.size,
             _ => Some(sealmount_fuzz::LIMIT),
         };
@@ -42,7 +43,7 @@ fuzz_target!(|input: &[u8]| {
         Ok(content) => assert!(content.len() % 4096 == 0),
         Err(error) => {
             assert!(!error.to_string().is_empty());
-            let _ = (error.hint(), error.errno());
+            let _ = (error.kind(), error.hint(), error.raw_os_error());
         }
     }
 });

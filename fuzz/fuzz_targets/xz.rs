@@ -1,4 +1,4 @@
-//! A file that begins as a xz one does, through the copy.
+//! Copies an xz file.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

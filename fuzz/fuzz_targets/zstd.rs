@@ -1,4 +1,4 @@
-//! A file that begins as a Zstandard one does, through the copy.
+//! Copies a Zstandard file.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -5,13 +5,15 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use lexopt::{Arg, Parser};
 use rustix::process::{getegid, geteuid, getgid, getuid};
 use sealmount::{
-    Errno, Error, MountOptions, Operation, Sloppy, Step, enter_mount_namespace, open_mount_point,
+    Error, ErrorKind, Event, MountOptions, Progress, enter_mount_namespace, open_mount_point,
 };
 
 const USAGE: &str = "\
@@ -20,31 +22,33 @@ Usage: mount.composefs [-sfnv] [-N NAMESPACE] -o basedir=PATH[,OPTION...] IMAGE 
 Mounts a composefs image, as the helper of mount(8) or called directly.
 
   -o OPTION[,OPTION...]  may be given several times; see below
-  -s                     tolerate options that are not known
+  -s                     tolerate unknown options
   -f                     fake: check everything, attach nothing
   -n                     accepted: there is no mtab to write
-  -v                     say on stderr what is done, a line a step
-  -N NAMESPACE           mount in this mount namespace, a PID or a path; all paths are of it
+  -v                     report each step on stderr, one line each
+  -N NAMESPACE           mount in this mount namespace, a PID or a path; all paths belong to it
   -t TYPE                accepted: composefs or composefs.SUBTYPE
-  -h, --help             print this
+  -h, --help             print this text
   -V, --version          print the version
 
 Options:
-  basedir=PATH[:PATH...] object directories; a backslash escapes : and , and itself
+  basedir=PATH[:PATH...] object directories; write a backslash before : and , and itself
   digest=DIGEST          the image must have this fs-verity digest; implies verity
-  verity                 the objects must have fs-verity, and are checked against the image
-  tryverity, noverity    the same where it can be had; never
+  verity[=require]       check each object against the image; reject objects without fs-verity
+  verity=try             check objects if kernel and objects allow it
+  verity=off, noverity   do not check objects
+  tryverity              as verity=try; with digest=, as verity
   copy[=memfd]           mount a copy of the image in sealed memory; the image may be
                          compressed with zstd, xz or gzip
-  copy=ramfs             the same in memory that is never swapped out
-  size=LIMIT             the most memory the copy may take: bytes, k, m, g, or %
+  copy=ramfs             the same, in memory that is never swapped out
+  size=LIMIT             maximum size of the copy: bytes (suffix k, m, g), or a percentage
   upperdir=PATH,workdir=PATH
-                         a layer that takes changes
-  idmap=PATH             a user namespace whose mapping the files of the image get
+                         a layer that receives changes
+  idmap=PATH             a user namespace, whose mapping the files of the image get
   ro, rw, nosuid, nodev, noexec, nosymfollow, noatime, sync, context=, ...
                          as for mount(8)
 
-The manual page mount.composefs(8) has them all.";
+The manual page mount.composefs(8) describes them all.";
 
 /// Exit statuses of mount(8).
 #[derive(Clone, Copy)]
@@ -56,7 +60,7 @@ enum Status {
     MountFailure = 32,
 }
 
-/// What goes to the person who called, and the exit status.
+/// A message for the caller, and the exit status.
 struct Failure {
     status: Status,
     message: String,
@@ -65,57 +69,30 @@ struct Failure {
 
 impl Failure {
     fn usage(message: impl Into<String>) -> Failure {
-        let hint = Some("mount.composefs --help says how it is called");
+        let hint = Some("see mount.composefs --help");
         Failure { status: Status::Usage, message: message.into(), hint }
     }
 }
 
-impl From<Error> for Failure {
-    fn from(error: Error) -> Failure {
-        let status = match (&error, error.errno()) {
-            (Error::Options(_), _) => Status::Usage,
-            (_, Some(Errno::PERM)) => Status::Usage,
-            (Error::Kernel(error), Some(Errno::ACCESS)) if is_loop_device(error.operation) => {
-                Status::Usage
-            }
-            (
-                Error::NoLoopDevice { .. }
-                | Error::NotLoopDevice { .. }
-                | Error::NotEnoughMemory { .. }
-                | Error::CompressedTooLarge { .. },
-                _,
-            ) => Status::System,
-            (Error::Kernel(error), _) if is_loop_device(error.operation) => Status::System,
-            (
-                _,
-                Some(
-                    Errno::NOMEM
-                    | Errno::NOSPC
-                    | Errno::FBIG
-                    | Errno::MFILE
-                    | Errno::NFILE
-                    | Errno::AGAIN,
-                ),
-            ) => Status::System,
+impl<E: Into<Error>> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        let error = error.into();
+        let status = match error.kind() {
+            ErrorKind::InvalidOptions | ErrorKind::PermissionDenied => Status::Usage,
+            ErrorKind::OutOfMemory | ErrorKind::LimitExceeded | ErrorKind::Busy => Status::System,
             _ => Status::MountFailure,
         };
-        Failure { status, message: error.to_string(), hint: error.hint() }
+        let hint = error.hint().map(|hint| hint.for_options());
+        Failure { status, message: error.to_string(), hint }
     }
 }
 
-/// Whether the caller may have less privileges than this process. AT_SECURE alone says too much: SELinux
-/// sets it for root too, where a program enters another domain.
+/// Returns whether the caller may have fewer privileges than this process. AT_SECURE alone is not enough:
+/// SELinux sets it for root too, if a program enters another domain.
 fn has_privileges_of_its_file() -> bool {
     getuid() != geteuid()
         || getgid() != getegid()
         || !getuid().is_root() && sealmount_sys::is_secure_execution()
-}
-
-fn is_loop_device(operation: Operation) -> bool {
-    matches!(
-        operation,
-        Operation::FindLoopDevice | Operation::OpenLoopDevice | Operation::ConfigureLoopDevice
-    )
 }
 
 fn main() -> ExitCode {
@@ -135,19 +112,24 @@ fn main() -> ExitCode {
     }
 }
 
-/// That something cannot be said, because nobody reads it or the disk below it is full, is no reason to
-/// fail, let alone to panic as eprintln! does.
+/// Prints to stderr, and ignores a failure: eprintln! would panic if the reader is gone or the disk full.
 fn print_error(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-/// On one line, and with nothing that a terminal would act on: paths and options can hold anything.
+/// Prints one line. Control characters are escaped: arguments may hold any.
 fn say(text: &dyn Display) {
     let mut line = String::from("mount.composefs: ");
     for character in text.to_string().chars() {
-        match character.is_control() {
-            true => line.push_str(&format!("\\x{:02x}", u32::from(character))),
-            false => line.push(character),
+        match character {
+            control if control.is_control() => {
+                line.push_str(&format!("\\x{:02x}", u32::from(control)));
+            }
+            // Line separators, and characters that reverse the direction of text.
+            '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
+                line.push_str(&format!("\\u{{{:x}}}", u32::from(character)));
+            }
+            plain => line.push(plain),
         }
     }
     line.push('\n');
@@ -158,19 +140,24 @@ fn run() -> Result<(), Failure> {
     if has_privileges_of_its_file() {
         return Err(Failure {
             status: Status::Usage,
-            message: "installed set-user-ID, set-group-ID or with file capabilities: refused"
-                .into(),
-            hint: Some("it trusts its caller with every path and option, so only root may be one"),
+            message:
+                "mount.composefs: cannot serve this user: installed set-user-ID, set-group-ID or \
+                      with file capabilities"
+                    .into(),
+            hint: Some(
+                "remove the set-ID bits or capabilities: mount.composefs trusts every path and option of \
+                 its caller, so only root may run it",
+            ),
         });
     }
     let arguments = match Command::parse(Parser::from_env()) {
         Ok(Command::Mount(arguments)) => arguments,
         Ok(Command::Print(text)) => {
             return match writeln!(io::stdout(), "{text}") {
-                // Who has read enough is no failure.
+                // A reader that closes the pipe has read enough.
                 Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure {
                     status: Status::System,
-                    message: format!("cannot write to standard output: {error}"),
+                    message: format!("standard output: cannot write: {error}"),
                     hint: None,
                 }),
                 _ => Ok(()),
@@ -183,17 +170,16 @@ fn run() -> Result<(), Failure> {
             say(text);
         }
     };
-    let mut bar = Bar { wanted: arguments.verbose && io::stderr().is_terminal(), drawn: false };
+    let mut bar = Bar::new(arguments.verbose && io::stderr().is_terminal());
 
     let options = if arguments.sloppy {
-        let Sloppy { options, unknown } =
-            MountOptions::parse_sloppy(&arguments.options).map_err(Error::from)?;
-        for name in unknown {
-            say(&format_args!("option {} is not known: passed over", name.display()));
+        let parsed = MountOptions::parse_sloppy(&arguments.options)?;
+        for name in parsed.unknown {
+            say(&format_args!("option {} is unknown: ignored", name.display()));
         }
-        options
+        parsed.options
     } else {
-        MountOptions::parse(&arguments.options).map_err(Error::from)?
+        MountOptions::parse(&arguments.options)?
     };
     if let Some(namespace) = &arguments.namespace {
         let namespace = namespace_path(namespace);
@@ -201,16 +187,19 @@ fn run() -> Result<(), Failure> {
         say(&format_args!("entered the mount namespace {}", namespace.display()));
     }
 
-    // Before the work is done, and the same directory after it.
+    // A missing directory is reported before an image is copied.
     let mount_point = open_mount_point(arguments.mount_point.as_os_str())?;
-    let mut step = |step: Step| match step {
-        Step::Copying { done, total } => bar.draw(done, total),
-        step => {
-            bar.clear();
-            say(&step);
+    let mut report = |event: Event| {
+        match event {
+            Event::Copying(progress) => bar.draw(progress),
+            event => {
+                bar.clear();
+                say(&event);
+            }
         }
+        ControlFlow::Continue(())
     };
-    let mount = options.mount_with(arguments.image.as_os_str(), &mut step);
+    let mount = options.mount_with_events(arguments.image.as_os_str(), &mut report);
     bar.clear();
     let mount = mount?;
     let directory = arguments.mount_point.display();
@@ -219,7 +208,7 @@ fn run() -> Result<(), Failure> {
         return Ok(());
     }
     mount.attach(mount_point)?;
-    let read_only = match (options.read_only, options.is_read_only()) {
+    let read_only = match (options.overlay.read_only, options.overlay.is_read_only()) {
         (false, true) => ", read-only: there is no upperdir",
         _ => "",
     };
@@ -227,35 +216,44 @@ fn run() -> Result<(), Failure> {
     Ok(())
 }
 
-/// A progress bar, in the last line of a terminal.
+/// A progress bar in the last line of a terminal, for copies that last longer than half a second.
 struct Bar {
     wanted: bool,
     drawn: bool,
+    next: Instant,
 }
 
 impl Bar {
     const WIDTH: u64 = 40;
 
-    fn draw(&mut self, done: u64, total: u64) {
-        if self.wanted {
-            let filled = (done * Bar::WIDTH / total.max(1)) as usize;
-            let (bar, percent) = ("#".repeat(filled), done * 100 / total.max(1));
-            let width = Bar::WIDTH as usize;
-            print_error(&format!("\rcopying [{bar:<width$}] {percent:3}%"));
-            self.drawn = true;
+    fn new(wanted: bool) -> Bar {
+        Bar { wanted, drawn: false, next: Instant::now() + Duration::from_millis(500) }
+    }
+
+    fn draw(&mut self, progress: Progress) {
+        let now = Instant::now();
+        if !self.wanted || now < self.next {
+            return;
         }
+        self.next = now + Duration::from_millis(100);
+        let Progress { done, total, .. } = progress;
+        let filled = (done * Bar::WIDTH / total.max(1)) as usize;
+        let (bar, percent) = ("#".repeat(filled), done * 100 / total.max(1));
+        let width = Bar::WIDTH as usize;
+        print_error(&format!("\rcopying [{bar:<width$}] {percent:3}%"));
+        self.drawn = true;
     }
 
     fn clear(&mut self) {
         if self.drawn {
-            // To the start of the line, and erase what is there.
+            // Moves to the start of the line and erases it.
             print_error("\r\x1b[K");
             self.drawn = false;
         }
     }
 }
 
-/// What the command line asks for.
+/// The command line.
 enum Command {
     Mount(Arguments),
     Print(&'static str),
@@ -296,7 +294,7 @@ impl Command {
             }
         }
         let [image, mount_point] = <[OsString; 2]>::try_from(operands).map_err(|operands| {
-            format!("two operands wanted, the image and the directory; {} given", operands.len())
+            format!("arguments: expected an image and a directory, got {} operands", operands.len())
         })?;
         let options = options.join(OsStr::new(","));
         Ok(Command::Mount(Arguments {
@@ -312,16 +310,17 @@ impl Command {
 }
 
 fn not_empty(what: &str, value: OsString) -> Result<OsString, lexopt::Error> {
-    if value.is_empty() { Err(format!("an empty {what}").into()) } else { Ok(value) }
+    if value.is_empty() { Err(format!("arguments: empty {what}").into()) } else { Ok(value) }
 }
 
-/// The value of one `-o`. A backslash at its end would escape the comma that joins it with the next.
+/// Returns the value of one `-o`. A backslash at its end would escape the comma before the next value.
 fn option_text(text: OsString) -> Result<OsString, lexopt::Error> {
     let backslashes = text.as_encoded_bytes().iter().rev().take_while(|byte| **byte == b'\\');
     match backslashes.count() % 2 {
         0 => Ok(text),
         _ => {
-            Err(format!("-o {}: ends in a backslash, which escapes nothing", text.display()).into())
+            Err(format!("-o {}: cannot end in a backslash: it escapes nothing", text.display())
+                .into())
         }
     }
 }
@@ -332,10 +331,10 @@ fn require_composefs(fs_type: &OsStr) -> Result<(), lexopt::Error> {
         return Ok(());
     }
     let fs_type = String::from_utf8_lossy(fs_type);
-    Err(format!("-t {fs_type}: only composefs can be mounted").into())
+    Err(format!("-t {fs_type}: cannot mount this type, only composefs").into())
 }
 
-/// `namespace` is the PID of a process in the namespace, or a path such as /proc/PID/ns/mnt.
+/// Returns the path of a namespace, which is given as the PID of a process in it or as a path.
 fn namespace_path(namespace: &OsStr) -> PathBuf {
     match namespace.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
         true => PathBuf::from("/proc").join(namespace).join("ns/mnt"),

@@ -1,21 +1,21 @@
 //! The text of `-o`: options separated by commas, each a name or `name=value`.
 //!
-//! In a value a backslash takes the next character as it is. That is needed for a comma, in
-//! `basedir=` for a colon, and for the backslash itself.
+//! In a value, a backslash makes the next character literal. A comma and a backslash need a backslash before
+//! them. In `basedir=`, a colon in a path needs a backslash too.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
-use super::{
-    Atime, Memory, MountAttributes, MountOptions, OptionsError, SizeLimit, SuperblockFlags,
-    UpperLayer, Verity,
-};
 use crate::digest::Digest;
 use crate::location::{Location, proc_fd_path};
+use crate::options::{MountOptions, OptionsError};
+use crate::overlay::{Atime, MountAttributes, SuperblockFlags, UpperLayer, Verity};
+use crate::source::{MemoryKind, SizeLimit};
 
-/// Options that mount(8), fstab(5) and systemd pass or may pass, with no effect on the mount itself:
-/// they say who mounts it and when, or are the default, or ask for what the kernel no longer has.
+/// Options of mount(8), fstab(5) and systemd without an effect on the mount itself. They restrict the users
+/// that may mount or the time of the mount, are the default, or request features that the kernel no longer
+/// has.
 const WITHOUT_EFFECT: &[&str] = &[
     "defaults",
     "auto",
@@ -32,23 +32,21 @@ const WITHOUT_EFFECT: &[&str] = &[
     "noiversion",
 ];
 
-const ATTRIBUTES: &[(&str, &str, MountAttributes)] = &[
-    ("nosuid", "suid", MountAttributes::NOSUID),
-    ("nodev", "dev", MountAttributes::NODEV),
-    ("noexec", "exec", MountAttributes::NOEXEC),
-    ("nosymfollow", "symfollow", MountAttributes::NOSYMFOLLOW),
-    ("nodiratime", "diratime", MountAttributes::NODIRATIME),
+/// A flag of a structure.
+type Flag<Flags> = fn(&mut Flags) -> &mut bool;
+
+const ATTRIBUTES: &[(&str, &str, Flag<MountAttributes>)] = &[
+    ("nosuid", "suid", |attributes| &mut attributes.nosuid),
+    ("nodev", "dev", |attributes| &mut attributes.nodev),
+    ("noexec", "exec", |attributes| &mut attributes.noexec),
+    ("nosymfollow", "symfollow", |attributes| &mut attributes.nosymfollow),
+    ("nodiratime", "diratime", |attributes| &mut attributes.nodiratime),
 ];
 
-/// Options that let others than root mount, and what mount(8) lets them imply.
-const USER_MOUNTS: &[(&str, MountAttributes)] = &[
-    ("user", USER_ATTRIBUTES),
-    ("users", USER_ATTRIBUTES),
-    ("owner", OWNER_ATTRIBUTES),
-    ("group", OWNER_ATTRIBUTES),
-];
-const OWNER_ATTRIBUTES: MountAttributes = MountAttributes::NOSUID.union(MountAttributes::NODEV);
-const USER_ATTRIBUTES: MountAttributes = OWNER_ATTRIBUTES.union(MountAttributes::NOEXEC);
+/// Options that allow other users than root to mount, and the options that mount(8) implies by them:
+/// nosuid and nodev, and whether noexec too.
+const USER_MOUNTS: &[(&str, bool)] =
+    &[("user", true), ("users", true), ("owner", false), ("group", false)];
 
 const ATIMES: &[(&str, &str, Atime)] = &[
     ("noatime", "atime", Atime::Noatime),
@@ -56,68 +54,74 @@ const ATIMES: &[(&str, &str, Atime)] = &[
     ("relatime", "norelatime", Atime::Relatime),
 ];
 
-const SUPERBLOCK_FLAGS: &[(&str, &str, SuperblockFlags)] = &[
-    ("sync", "async", SuperblockFlags::SYNC),
-    ("dirsync", "nodirsync", SuperblockFlags::DIRSYNC),
-    ("lazytime", "nolazytime", SuperblockFlags::LAZYTIME),
-    ("mand", "nomand", SuperblockFlags::MAND),
+const SUPERBLOCK_FLAGS: &[(&str, &str, Flag<SuperblockFlags>)] = &[
+    ("sync", "async", |flags| &mut flags.sync),
+    ("dirsync", "nodirsync", |flags| &mut flags.dirsync),
+    ("lazytime", "nolazytime", |flags| &mut flags.lazytime),
+    ("mand", "nomand", |flags| &mut flags.mand),
 ];
 
-/// What `-o` text said, with the options that were not understood set aside: mount(8)'s `-s`.
+/// The options of a text, and the names of unknown options in it: for `-s` of mount(8).
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Sloppy {
-    /// The options that were understood.
+    /// The known options.
     pub options: MountOptions,
-    /// The names of the others.
+    /// The names of the unknown options.
     pub unknown: Vec<OsString>,
 }
 
 impl MountOptions {
-    /// Reads the text of `-o`.
+    /// Parses the text of `-o`.
     ///
-    /// A later option replaces an earlier one of its kind, so that the command line can change what
-    /// fstab says; but two different `digest=` are refused.
+    /// A later option replaces an earlier one of its kind, so that the command line can override fstab.
+    /// Two different `digest=` are rejected.
+    ///
+    /// `tryverity` beside `digest=` means `verity`, as in other tools. `verity=try` is explicit: the image
+    /// must have the digest, and the objects are verified if the system supports it.
     ///
     /// # Errors
     ///
-    /// An option that is not known, lacks its value or has one that it does not take; `basedir=`
-    /// missing; `upperdir=` without `workdir=` or the reverse.
+    /// [`OptionsError`]: an option is unknown, lacks its value or has a wrong one; `basedir=` is missing;
+    /// `upperdir=` is given without `workdir=`, or the reverse.
     pub fn parse(text: impl AsRef<OsStr>) -> Result<MountOptions, OptionsError> {
         let (draft, unknown) = Draft::read(text.as_ref())?;
-        // What is misspelt is missing too, and that is not what is to be said of it.
+        // If an option is misspelt, it may also count as missing. The unknown option is the better message.
         match unknown.into_iter().next() {
             Some(name) => Err(OptionsError::Unknown(name)),
             None => draft.finish(),
         }
     }
 
-    /// As [`parse`](Self::parse), but sets aside options that are not known, as mount(8)'s `-s` asks
-    /// for.
+    /// Parses the text of `-o` as [`parse`](Self::parse) does, and tolerates unknown options, for `-s` of
+    /// mount(8).
+    ///
+    /// # Errors
+    ///
+    /// As [`parse`](Self::parse).
     pub fn parse_sloppy(text: impl AsRef<OsStr>) -> Result<Sloppy, OptionsError> {
         let (draft, unknown) = Draft::read(text.as_ref())?;
         Ok(Sloppy { options: draft.finish()?, unknown })
     }
 
-    /// The text that [`parse`](Self::parse) reads as these options, if they are such as can be mounted
-    /// with.
+    /// Returns a text that [`parse`](Self::parse) reads as these options.
     ///
-    /// A descriptor becomes its path below /proc/self/fd, of meaning as long as it stays open.
+    /// A descriptor becomes its path below /proc/self/fd, which is valid while the descriptor is open.
     pub fn to_text(&self) -> OsString {
         let mut text = Text::default();
-        text.value("basedir", &self.basedirs.iter().map(location_bytes).collect::<Vec<_>>());
+        text.value("basedir", &self.overlay.objects.iter().map(location_bytes).collect::<Vec<_>>());
         if let Some(digest) = self.digest {
             text.value("digest", &[digest.to_string().into_bytes()]);
         }
-        if let Some(verity) = self.verity {
-            text.flag(match verity {
-                Verity::Require => "verity",
-                Verity::Try => "tryverity",
-                Verity::Off => "noverity",
-            });
+        match self.overlay.verity {
+            Some(Verity::Require) => text.flag("verity"),
+            Some(Verity::Try) => text.value("verity", &[b"try".to_vec()]),
+            Some(Verity::Off) => text.flag("noverity"),
+            None => {}
         }
         match self.copy {
-            Some(Memory::Memfd) => text.value("copy", &[b"memfd".to_vec()]),
-            Some(Memory::Ramfs) => text.value("copy", &[b"ramfs".to_vec()]),
+            Some(MemoryKind::Memfd) => text.value("copy", &[b"memfd".to_vec()]),
+            Some(MemoryKind::Ramfs) => text.value("copy", &[b"ramfs".to_vec()]),
             None => {}
         }
         match self.size {
@@ -130,29 +134,30 @@ impl MountOptions {
         if let Some(idmap) = &self.idmap {
             text.value("idmap", &[location_bytes(idmap)]);
         }
-        if let Some(upper) = &self.upper {
+        if let Some(upper) = &self.overlay.upper {
             text.value("upperdir", &[location_bytes(&upper.upperdir)]);
             text.value("workdir", &[location_bytes(&upper.workdir)]);
         }
-        if self.read_only {
+        if self.overlay.read_only {
             text.flag("ro");
         }
+        let mut overlay = self.overlay.clone();
         for (name, _, attribute) in ATTRIBUTES {
-            if self.attributes.contains(*attribute) {
+            if *attribute(&mut overlay.attributes) {
                 text.flag(name);
             }
         }
         for (name, _, atime) in ATIMES {
-            if self.atime == *atime && *atime != Atime::default() {
+            if self.overlay.atime == *atime && *atime != Atime::default() {
                 text.flag(name);
             }
         }
         for (name, _, flag) in SUPERBLOCK_FLAGS {
-            if self.superblock_flags.contains(*flag) {
+            if *flag(&mut overlay.superblock_flags) {
                 text.flag(name);
             }
         }
-        for (name, context) in self.selinux_contexts.iter() {
+        for (name, context) in self.overlay.selinux_contexts.iter() {
             text.value(name, &[context.as_bytes().to_vec()]);
         }
         OsString::from_vec(text.bytes)
@@ -165,7 +170,7 @@ struct Token<'a> {
     value: Option<&'a [u8]>,
 }
 
-/// The options of a text in order; empty ones (`a,,b`) are passed over, as mount(8) does.
+/// Returns the options of a text, in order. Empty options (`a,,b`) are ignored, as by mount(8).
 fn tokens(text: &[u8]) -> Result<Vec<Token<'_>>, OptionsError> {
     if text.contains(&0) {
         return Err(OptionsError::Nul);
@@ -174,7 +179,7 @@ fn tokens(text: &[u8]) -> Result<Vec<Token<'_>>, OptionsError> {
     Ok(tokens.into_iter().filter(|token| !token.is_empty()).map(Token::new).collect())
 }
 
-/// Splits at each `separator` that no backslash stands before.
+/// Splits at each `separator` without a backslash before it.
 fn split_unescaped(text: &[u8], separator: u8) -> Result<Vec<&[u8]>, OptionsError> {
     let mut parts = Vec::new();
     let mut start = 0;
@@ -212,7 +217,7 @@ impl<'a> Token<'a> {
         self.name == name.as_bytes()
     }
 
-    /// For an option that takes no value.
+    /// Checks that the option has no value.
     fn flag(&self, option: &'static str) -> Result<(), OptionsError> {
         match self.value {
             None => Ok(()),
@@ -220,7 +225,7 @@ impl<'a> Token<'a> {
         }
     }
 
-    /// For an option that takes one.
+    /// Returns the value, which the option must have.
     fn value(&self, option: &'static str) -> Result<OsString, OptionsError> {
         match self.value {
             None | Some(b"") => Err(OptionsError::NeedsValue(option)),
@@ -233,21 +238,20 @@ impl<'a> Token<'a> {
     }
 }
 
-/// Options while they are read: what belongs together may not be there yet.
+/// Options that are not complete yet.
+#[derive(Default)]
 struct Draft {
     options: MountOptions,
     upperdir: Option<Location>,
     workdir: Option<Location>,
+    /// `tryverity`: means `verity` if there is a digest.
+    tryverity: bool,
 }
 
 impl Draft {
-    fn new() -> Draft {
-        Draft { options: MountOptions::without_basedir(), upperdir: None, workdir: None }
-    }
-
-    /// Reads text; gives the names of options that are not known besides.
+    /// Reads a text. Also returns the names of unknown options.
     fn read(text: &OsStr) -> Result<(Draft, Vec<OsString>), OptionsError> {
-        let mut draft = Draft::new();
+        let mut draft = Draft::default();
         let mut unknown = Vec::new();
         for token in tokens(text.as_bytes())? {
             if !draft.apply(&token)? {
@@ -257,11 +261,11 @@ impl Draft {
         Ok((draft, unknown))
     }
 
-    /// Takes one option in; says whether it is known.
+    /// Applies one option. Returns whether the option is known.
     fn apply(&mut self, token: &Token) -> Result<bool, OptionsError> {
         let options = &mut self.options;
         match token.name {
-            b"basedir" => options.basedirs = basedirs(token)?,
+            b"basedir" => options.overlay.objects = basedirs(token)?,
             b"digest" => {
                 let digest = digest(token)?;
                 if let Some(earlier) = options.digest
@@ -271,17 +275,14 @@ impl Draft {
                 }
                 options.digest = Some(digest);
             }
-            b"verity" => {
-                token.flag("verity")?;
-                options.verity = Some(Verity::Require);
-            }
+            b"verity" => (options.overlay.verity, self.tryverity) = (Some(verity(token)?), false),
             b"tryverity" => {
                 token.flag("tryverity")?;
-                options.verity = Some(Verity::Try);
+                (options.overlay.verity, self.tryverity) = (Some(Verity::Try), true);
             }
             b"noverity" => {
                 token.flag("noverity")?;
-                options.verity = Some(Verity::Off);
+                (options.overlay.verity, self.tryverity) = (Some(Verity::Off), false);
             }
             b"copy" => options.copy = Some(memory(token)?),
             b"size" => options.size = Some(size_limit(token)?),
@@ -290,11 +291,11 @@ impl Draft {
             b"workdir" => self.workdir = Some(token.location("workdir")?),
             b"ro" => {
                 token.flag("ro")?;
-                options.read_only = true;
+                options.overlay.read_only = true;
             }
             b"rw" => {
                 token.flag("rw")?;
-                options.read_only = false;
+                options.overlay.read_only = false;
             }
             b"comment" => drop(token.value("comment")?),
             name if name.starts_with(b"x-") || name.starts_with(b"X-") => {}
@@ -303,26 +304,27 @@ impl Draft {
         Ok(true)
     }
 
-    /// The options of which there are many of a kind.
+    /// Applies an option from the tables.
     fn apply_from_tables(&mut self, token: &Token) -> Result<bool, OptionsError> {
-        let options = &mut self.options;
+        let options = &mut self.options.overlay;
         for (set, clear, attribute) in ATTRIBUTES {
             if let Some(on) = switch(token, set, clear)? {
-                options.attributes.set(*attribute, on);
+                *attribute(&mut options.attributes) = on;
                 return Ok(true);
             }
         }
-        for (name, attributes) in USER_MOUNTS {
+        for (name, noexec) in USER_MOUNTS {
             if token.is(name) {
                 token.flag(name)?;
-                options.attributes.insert(*attributes);
+                (options.attributes.nosuid, options.attributes.nodev) = (true, true);
+                options.attributes.noexec |= noexec;
                 return Ok(true);
             }
         }
         for (set, clear, atime) in ATIMES {
             match switch(token, set, clear)? {
                 Some(true) => options.atime = *atime,
-                // Taking back what is not in force changes nothing.
+                // The opposite of an option that is not set has no effect.
                 Some(false) if options.atime == *atime => options.atime = Atime::default(),
                 Some(false) => {}
                 None => continue,
@@ -331,7 +333,7 @@ impl Draft {
         }
         for (set, clear, flag) in SUPERBLOCK_FLAGS {
             if let Some(on) = switch(token, set, clear)? {
-                options.superblock_flags.set(*flag, on);
+                *flag(&mut options.superblock_flags) = on;
                 return Ok(true);
             }
         }
@@ -351,17 +353,20 @@ impl Draft {
     fn finish(self) -> Result<MountOptions, OptionsError> {
         let mut options = self.options;
         options.check()?;
-        options.upper = match (self.upperdir, self.workdir) {
-            (Some(upperdir), Some(workdir)) => Some(UpperLayer { upperdir, workdir }),
-            (Some(_), None) => return Err(OptionsError::UpperWithoutWork),
-            (None, Some(_)) => return Err(OptionsError::WorkWithoutUpper),
+        if self.tryverity && options.digest.is_some() {
+            options.overlay.verity = Some(Verity::Require);
+        }
+        options.overlay.upper = match (self.upperdir, self.workdir) {
+            (Some(upperdir), Some(workdir)) => Some(UpperLayer::new(upperdir, workdir)),
+            (Some(_), None) => return Err(OptionsError::UpperdirWithoutWorkdir),
+            (None, Some(_)) => return Err(OptionsError::WorkdirWithoutUpperdir),
             (None, None) => None,
         };
         Ok(options)
     }
 }
 
-/// `Some(true)` for the option `set`, `Some(false)` for its opposite `clear`.
+/// Returns `Some(true)` for the option `set`, and `Some(false)` for its opposite `clear`.
 fn switch(
     token: &Token,
     set: &'static str,
@@ -386,23 +391,40 @@ fn basedirs(token: &Token) -> Result<Vec<Location>, OptionsError> {
 }
 
 fn digest(token: &Token) -> Result<Digest, OptionsError> {
-    // What is not UTF-8 is no digest either; the replacement character tells where.
+    // Text that is not UTF-8 is not a digest either. The replacement character shows the place.
     Ok(token.value("digest")?.to_string_lossy().parse()?)
 }
 
-fn memory(token: &Token) -> Result<Memory, OptionsError> {
+fn memory(token: &Token) -> Result<MemoryKind, OptionsError> {
     if token.value.is_none() {
-        return Ok(Memory::Memfd);
+        return Ok(MemoryKind::Memfd);
     }
     let value = token.value("copy")?;
     match value.as_bytes() {
-        b"memfd" => Ok(Memory::Memfd),
-        b"ramfs" => Ok(Memory::Ramfs),
+        b"memfd" => Ok(MemoryKind::Memfd),
+        b"ramfs" => Ok(MemoryKind::Ramfs),
         _ => Err(OptionsError::BadValue { option: "copy", value, expected: "memfd or ramfs" }),
     }
 }
 
-/// A number of bytes, with k, m, g, t, p or e for powers of 1024, or of percent: as tmpfs has it.
+/// Parses the value of `verity`, which may be left out.
+fn verity(token: &Token) -> Result<Verity, OptionsError> {
+    if token.value.is_none() {
+        return Ok(Verity::Require);
+    }
+    let value = token.value("verity")?;
+    match value.as_bytes() {
+        b"require" => Ok(Verity::Require),
+        b"try" => Ok(Verity::Try),
+        b"off" => Ok(Verity::Off),
+        _ => {
+            let expected = "require, try or off";
+            Err(OptionsError::BadValue { option: "verity", value, expected })
+        }
+    }
+}
+
+/// Parses a number of bytes, with k, m, g, t, p or e for powers of 1024, or a percentage, as tmpfs does.
 fn size_limit(token: &Token) -> Result<SizeLimit, OptionsError> {
     let value = token.value("size")?;
     let limit = value.to_str().and_then(|text| {
@@ -421,7 +443,7 @@ fn size_limit(token: &Token) -> Result<SizeLimit, OptionsError> {
         };
         number.parse::<u64>().ok()?.checked_mul(1 << shift).map(SizeLimit::Bytes)
     });
-    let expected = "bytes, a number with k, m, g, t, p or e, or percent";
+    let expected = "a number of bytes, with suffix k, m, g, t, p or e, or a percentage";
     limit.ok_or(OptionsError::BadValue { option: "size", value, expected })
 }
 
@@ -433,7 +455,7 @@ fn location_bytes(location: &Location) -> Vec<u8> {
     path.into_os_string().into_vec()
 }
 
-/// Options as text, while it is written.
+/// A text of options that is being written.
 #[derive(Default)]
 struct Text {
     bytes: Vec<u8>,
@@ -447,7 +469,7 @@ impl Text {
         self.bytes.extend(name.as_bytes());
     }
 
-    /// One value, or several separated by colons.
+    /// Writes one value, or several separated by colons.
     fn value(&mut self, name: &str, values: &[Vec<u8>]) {
         self.flag(name);
         for (index, value) in values.iter().enumerate() {

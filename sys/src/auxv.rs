@@ -5,12 +5,12 @@ use std::ffi::c_ulong;
 use linux_raw_sys::auxvec::AT_SECURE;
 
 unsafe extern "C" {
-    // Looks a number up in what the kernel handed to the process, and takes any number.
+    // Looks up a number in the auxiliary vector of the process. Any number is allowed.
     safe fn getauxval(kind: c_ulong) -> c_ulong;
 }
 
-/// `AT_SECURE`: whether executing the program gave the process privileges that it did not have: those
-/// of a set-user-ID or set-group-ID file, or file capabilities; or whether a security module says so.
+/// Returns `AT_SECURE`: whether the process got new privileges when it executed its program. The reason can
+/// be a set-user-ID or set-group-ID file, file capabilities, or a security module.
 pub fn is_secure_execution() -> bool {
     getauxval(c_ulong::from(AT_SECURE)) != 0
 }

@@ -1,4 +1,4 @@
-//! fs-verity: read-only files whose every read the kernel checks against a Merkle tree.
+//! fs-verity: read-only files. The kernel checks every read of them against a Merkle tree.
 //!
 //! See the kernel's [fs-verity documentation].
 //!
@@ -27,31 +27,31 @@ struct FsverityDigest {
     digest: [u8; MAX_DIGEST_SIZE],
 }
 
-/// The digest of a file that has fs-verity enabled, as the kernel knows it.
+/// The digest of a file with fs-verity, as the kernel reports it.
 #[derive(Debug, Clone, Copy)]
 pub struct Measurement {
     raw: FsverityDigest,
 }
 
 impl Measurement {
-    /// [`HASH_ALG_SHA256`], [`HASH_ALG_SHA512`], or one that came later.
+    /// Returns [`HASH_ALG_SHA256`], [`HASH_ALG_SHA512`], or a later algorithm.
     pub fn hash_algorithm(&self) -> u16 {
         self.raw.digest_algorithm
     }
 
-    /// The fs-verity digest of the file.
+    /// Returns the fs-verity digest of the file.
     pub fn digest(&self) -> &[u8] {
         let size = usize::from(self.raw.digest_size).min(MAX_DIGEST_SIZE);
         &self.raw.digest[..size]
     }
 }
 
-/// [`FS_IOC_MEASURE_VERITY`] (Linux 5.4): the fs-verity digest of an open file.
+/// Measures the fs-verity digest of an open file ([`FS_IOC_MEASURE_VERITY`], Linux 5.4).
 ///
 /// # Errors
 ///
-/// `ENODATA`: the file system supports fs-verity and the file has none. `ENOTTY`, `EOPNOTSUPP`:
-/// the file system, or the kernel, does not support it.
+/// `ENODATA`: the file system supports fs-verity, and the file does not have it. `ENOTTY`,
+/// `EOPNOTSUPP`: the file system or the kernel does not support fs-verity.
 ///
 /// [`FS_IOC_MEASURE_VERITY`]: https://docs.kernel.org/filesystems/fsverity.html#fs-ioc-measure-verity
 pub fn measure(file: impl AsFd) -> io::Result<Measurement> {
@@ -60,8 +60,8 @@ pub fn measure(file: impl AsFd) -> io::Result<Measurement> {
         digest_size: MAX_DIGEST_SIZE as u16,
         digest: [0; MAX_DIGEST_SIZE],
     };
-    // SAFETY: the opcode is FS_IOC_MEASURE_VERITY, whose argument is a struct fsverity_digest; the
-    // kernel writes at most digest_size bytes behind its two fields, and that many are there.
+    // SAFETY: the opcode is FS_IOC_MEASURE_VERITY, whose argument is a struct fsverity_digest. The kernel
+    // writes at most digest_size bytes behind its two fields, and the struct has room for them.
     unsafe { ioctl(file, Updater::<{ FS_IOC_MEASURE_VERITY as Opcode }, _>::new(&mut raw))? };
     Ok(Measurement { raw })
 }
@@ -80,16 +80,16 @@ struct FsverityEnableArg {
     reserved2: [u64; 11],
 }
 
-/// [`FS_IOC_ENABLE_VERITY`] (Linux 5.4): from now on nobody can write the file, and every read of
-/// it is verified. Blocks of 4096 bytes, no salt, no signature: what composefs uses.
+/// Enables fs-verity on a file ([`FS_IOC_ENABLE_VERITY`], Linux 5.4). The file cannot be written any more,
+/// and the kernel verifies every read. Blocks have 4096 bytes, without salt and signature, as in composefs.
 ///
-/// `file` must be open for reading only, and by nobody for writing. `hash_algorithm` is
-/// [`HASH_ALG_SHA256`] or [`HASH_ALG_SHA512`].
+/// `file` must be open for reading only, and no descriptor of it may be open for writing.
+/// `hash_algorithm` is [`HASH_ALG_SHA256`] or [`HASH_ALG_SHA512`].
 ///
 /// # Errors
 ///
-/// `ENOTTY`, `EOPNOTSUPP`: the file system, or the kernel, does not support it. `EEXIST`: the file
-/// has it. `ETXTBSY`: the file is open for writing.
+/// `ENOTTY`, `EOPNOTSUPP`: the file system or the kernel does not support fs-verity. `EEXIST`: the file
+/// has fs-verity already. `ETXTBSY`: the file is open for writing.
 ///
 /// [`FS_IOC_ENABLE_VERITY`]: https://docs.kernel.org/filesystems/fsverity.html#fs-ioc-enable-verity
 pub fn enable(file: impl AsFd, hash_algorithm: u16) -> io::Result<()> {

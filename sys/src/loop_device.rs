@@ -10,11 +10,10 @@ use linux_raw_sys::loop_device::{
 use rustix::io;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, Setter, ioctl};
 
-/// `LOOP_CTL_GET_FREE` hands its answer back as the return value of ioctl(2), which none of
-/// rustix's patterns does.
+/// `LOOP_CTL_GET_FREE` returns its result as the return value of ioctl(2), unlike the patterns of rustix.
 struct GetFree;
 
-// SAFETY: LOOP_CTL_GET_FREE takes no argument and answers with a number.
+// SAFETY: LOOP_CTL_GET_FREE has no argument and returns a number.
 unsafe impl Ioctl for GetFree {
     type Output = u32;
     const IS_MUTATING: bool = false;
@@ -32,25 +31,29 @@ unsafe impl Ioctl for GetFree {
     }
 }
 
-/// `LOOP_CTL_GET_FREE` (Linux 3.1): the number N of a /dev/loopN that is free at this moment, made
-/// if there was none. `control` is /dev/loop-control.
+/// Returns the number N of a /dev/loopN that is free at this moment (`LOOP_CTL_GET_FREE`, Linux 3.1). The
+/// kernel makes a device if no device is free. `control` is /dev/loop-control.
 ///
-/// The number is only a proposal: anyone may take the device before the caller does.
+/// The number is only a proposal: another process may take the device first.
+///
+/// # Errors
+///
+/// The errno of ioctl(2), for example `ENOTTY`: `control` is not /dev/loop-control.
 pub fn get_free(control: impl AsFd) -> io::Result<u32> {
     // SAFETY: see GetFree.
     unsafe { ioctl(control, GetFree) }
 }
 
-/// `LOOP_CONFIGURE` (Linux 5.8): makes `backing_file` the content of the loop device `device`,
-/// read-only, in blocks of `block_size` bytes, through the page cache (no direct I/O), and let go
-/// of when the last user of the device closes it (`LO_FLAGS_AUTOCLEAR`).
+/// Attaches `backing_file` to the loop device `device` (`LOOP_CONFIGURE`, Linux 5.8): read-only, in blocks of
+/// `block_size` bytes, through the page cache (no direct I/O). The kernel releases the file when the last
+/// user closes the device (`LO_FLAGS_AUTOCLEAR`).
 ///
-/// `name` is what `LOOP_GET_STATUS64` shows as `lo_file_name`; more than 63 bytes are cut off.
+/// `LOOP_GET_STATUS64` shows the first 63 bytes of `name` as `lo_file_name`.
 ///
 /// # Errors
 ///
-/// `EBUSY`: somebody else took the device. `ENXIO`, `EAGAIN`: it is going or coming; another try
-/// may do.
+/// `EBUSY`: another process took the device. `ENXIO`, `EAGAIN`: the device is being made or removed; a
+/// later attempt may succeed.
 pub fn configure(
     device: impl AsFd,
     backing_file: impl AsFd,
@@ -58,7 +61,7 @@ pub fn configure(
     name: &[u8],
 ) -> io::Result<()> {
     let backing_file = backing_file.as_fd().as_raw_fd();
-    // SAFETY: loop_config consists of integers, for which zero is a value.
+    // SAFETY: loop_config consists of integers, for which zero is valid.
     let mut config: loop_config = unsafe { std::mem::zeroed() };
     config.fd = u32::try_from(backing_file).map_err(|_| io::Errno::BADF)?;
     config.block_size = block_size;

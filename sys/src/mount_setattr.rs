@@ -10,14 +10,14 @@ use linux_raw_sys::general::{
 use rustix::io;
 
 unsafe extern "C" {
-    /// syscall(2) of the C library, which std links anyway; neither rustix nor the C library
-    /// wraps mount_setattr.
+    /// syscall(2) of the C library, which std links anyway. Neither rustix nor the C library wraps
+    /// mount_setattr.
     fn syscall(number: c_long, ...) -> c_long;
 }
 
 fn mount_setattr(dirfd: c_int, path: &CStr, flags: c_uint, attr: &mount_attr) -> io::Result<()> {
-    // SAFETY: the arguments are those of mount_setattr(2) in their types; the kernel reads the path
-    // up to its NUL and size_of::<mount_attr>() bytes of the attributes, and writes nothing.
+    // SAFETY: the arguments have the types of mount_setattr(2). The kernel reads the path up to its NUL
+    // and size_of::<mount_attr>() bytes of the attributes, and writes nothing.
     let result = unsafe {
         syscall(
             c_long::from(__NR_mount_setattr),
@@ -37,11 +37,12 @@ fn mount_setattr(dirfd: c_int, path: &CStr, flags: c_uint, attr: &mount_attr) ->
     }
 }
 
-/// Gives a mount that is not attached yet the mapping of a user namespace.
+/// Gives a detached mount the mapping of a user namespace (`MOUNT_ATTR_IDMAP`; EROFS supports it from Linux
+/// 5.19).
 ///
 /// # Errors
 ///
-/// `EINVAL`: the file system does not support it, or the mount was attached before. `EPERM`: the
+/// `EINVAL`: the file system does not support idmapped mounts, or the mount was attached before. `EPERM`: the
 /// namespace is the initial one, or the caller lacks `CAP_SYS_ADMIN`.
 pub fn mount_setattr_idmap(mount: impl AsFd, user_namespace: impl AsFd) -> io::Result<()> {
     let attr = mount_attr {
@@ -54,8 +55,12 @@ pub fn mount_setattr_idmap(mount: impl AsFd, user_namespace: impl AsFd) -> io::R
     mount_setattr(mount.as_fd().as_raw_fd(), c"", AT_EMPTY_PATH, &attr)
 }
 
-/// Makes every mount of the calling thread's mount namespace private: nothing mounted there is
-/// propagated anywhere, and nothing comes in.
+/// Makes every mount of the calling thread's mount namespace private: mounts propagate neither out of the
+/// namespace nor into it.
+///
+/// # Errors
+///
+/// `EINVAL`: the root directory of the thread is not the root of a mount. `EPERM`: `CAP_SYS_ADMIN` is missing.
 pub fn mount_setattr_private() -> io::Result<()> {
     let attr =
         mount_attr { attr_set: 0, attr_clr: 0, propagation: u64::from(MS_PRIVATE), userns_fd: 0 };

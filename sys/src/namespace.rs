@@ -9,20 +9,28 @@ use rustix::io;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-/// [unshare(2)] with `CLONE_NEWNS`: the calling thread, and no other, gets a mount namespace of its
-/// own, a copy of the one it was in, and a working directory of its own.
+/// Gives the calling thread alone a mount namespace, a copy of its old one, and a working directory of its
+/// own ([unshare(2)] with `CLONE_NEWNS`).
 ///
-/// Threads and processes that it starts from then on inherit both. The namespace goes, with all
-/// that is mounted in it, when the last of them ends.
+/// Threads and processes that this thread starts later inherit both. The namespace and its mounts end with
+/// the last thread and descriptor of the namespace.
+///
+/// # Errors
+///
+/// `EPERM`: `CAP_SYS_ADMIN` is missing.
 ///
 /// [unshare(2)]: https://man7.org/linux/man-pages/man2/unshare.2.html
 pub fn unshare_mount_namespace() -> io::Result<()> {
-    // SAFETY: what is unsafe about unshare is CLONE_FILES, which is not used.
+    // SAFETY: only CLONE_FILES makes unshare unsafe, and it is not used.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }
 }
 
-/// [unshare(2)] with `CLONE_FS`: the working directory, the root and the umask of the calling thread are
-/// no longer those of the threads that it shared them with.
+/// Gives the calling thread a working directory, a root directory and a umask of its own ([unshare(2)] with
+/// `CLONE_FS`).
+///
+/// # Errors
+///
+/// `ENOMEM`: the kernel has no memory.
 ///
 /// [unshare(2)]: https://man7.org/linux/man-pages/man2/unshare.2.html
 pub fn unshare_working_directory() -> io::Result<()> {
@@ -30,8 +38,8 @@ pub fn unshare_working_directory() -> io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::FS) }
 }
 
-/// [unshare(2)] with `CLONE_NEWUSER`: the calling thread, the only one of its process, gets a user
-/// namespace of its own, with no mapping yet.
+/// Gives the calling thread, which must be the only one of its process, a user namespace without a mapping
+/// ([unshare(2)] with `CLONE_NEWUSER`).
 ///
 /// # Errors
 ///
@@ -43,23 +51,22 @@ pub fn unshare_user_namespace() -> io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER) }
 }
 
-/// [setns(2)]: the calling thread enters a mount namespace; its root and working directory become
-/// the root of that namespace.
+/// Enters a mount namespace with the calling thread ([setns(2)], Linux 3.8). The root and working directory
+/// of the thread become the root of that namespace.
 ///
 /// # Errors
 ///
-/// `EINVAL`: `namespace` is not a mount namespace, or the process has more than one thread that
-/// share a working directory.
+/// `EINVAL`: `namespace` is not a mount namespace, or another thread shares the working directory.
 ///
 /// [setns(2)]: https://man7.org/linux/man-pages/man2/setns.2.html
 pub fn enter_mount_namespace(namespace: impl AsFd) -> io::Result<()> {
     rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))
 }
 
-/// `NS_GET_NSTYPE` answers with the return value of ioctl(2).
+/// `NS_GET_NSTYPE` returns its result as the return value of ioctl(2).
 struct NsType;
 
-// SAFETY: NS_GET_NSTYPE takes no argument and answers with a CLONE_NEW* flag.
+// SAFETY: NS_GET_NSTYPE has no argument and returns a CLONE_NEW* flag.
 unsafe impl Ioctl for NsType {
     type Output = IoctlOutput;
     const IS_MUTATING: bool = false;
@@ -77,7 +84,7 @@ unsafe impl Ioctl for NsType {
     }
 }
 
-/// Whether a descriptor is that of a user namespace, such as /proc/PID/ns/user
+/// Returns whether a descriptor refers to a user namespace, such as /proc/PID/ns/user
 /// ([ioctl_nsfs(2)](https://man7.org/linux/man-pages/man2/ioctl_nsfs.2.html), Linux 4.11).
 pub fn is_user_namespace(file: impl AsFd) -> bool {
     // SAFETY: see NsType.

@@ -1,26 +1,25 @@
 //! SHA-256 of two blocks at a time.
 //!
-//! The rounds of one SHA-256 depend on each other, and the processor's instructions for them take
-//! longer than it takes to start the next. Two independent streams in turn fill the gap: 1.4 times the
-//! throughput of one on a Zen 5.
+//! Each round of SHA-256 depends on the round before, so a CPU waits between the rounds of one stream. Two
+//! independent streams fill the gap: 1.4 times the throughput of one stream on a Zen 5.
 
 /// The size of a block of an fs-verity Merkle tree, in bytes.
 pub const BLOCK_SIZE: usize = 4096;
 
-/// The SHA-256 hashes of two blocks. `None`: this processor has no instructions that make it worth it.
+/// Returns the SHA-256 hashes of two blocks, or `None` if the CPU has no instructions for SHA-256.
 #[cfg(target_arch = "x86_64")]
 pub fn hash_two_blocks(blocks: &[[u8; BLOCK_SIZE]; 2]) -> Option<[[u8; 32]; 2]> {
     if is_x86_feature_detected!("sha")
         && is_x86_feature_detected!("sse4.1")
         && is_x86_feature_detected!("ssse3")
     {
-        // SAFETY: the processor has the features that the function is compiled for.
+        // SAFETY: the CPU has the features that the function is compiled for.
         return Some(unsafe { x86::hash(blocks) });
     }
     None
 }
 
-/// The SHA-256 hashes of two blocks. `None`: this processor has no instructions that make it worth it.
+/// Returns the SHA-256 hashes of two blocks, or `None` if the CPU has no instructions for SHA-256.
 #[cfg(not(target_arch = "x86_64"))]
 pub fn hash_two_blocks(_: &[[u8; BLOCK_SIZE]; 2]) -> Option<[[u8; 32]; 2]> {
     None
@@ -49,7 +48,7 @@ mod x86 {
         0x5be0cd19,
     ];
 
-    /// The state of one stream as the instructions want it: (a, b, e, f) and (c, d, g, h), the first
+    /// The state of one stream in the order of the instructions: (a, b, e, f) and (c, d, g, h), the first
     /// in the highest lane.
     #[derive(Clone, Copy)]
     struct State {
@@ -67,7 +66,7 @@ mod x86 {
         for (one, other) in one.iter().zip(other) {
             compress(&mut states, [one, other]);
         }
-        // What SHA-256 appends to 4096 bytes: a one bit, zeros, and the length in bits.
+        // SHA-256 appends to 4096 bytes: a one bit, zeros, and the length in bits.
         let mut padding = [0; 64];
         padding[0] = 0x80;
         padding[56..].copy_from_slice(&(BLOCK_SIZE as u64 * 8).to_be_bytes());
@@ -93,7 +92,7 @@ mod x86 {
                 state.cdgh = _mm_sha256rnds2_epu32(state.cdgh, state.abef, sum);
                 let sum = _mm_shuffle_epi32(sum, 0b00_00_11_10);
                 state.abef = _mm_sha256rnds2_epu32(state.abef, state.cdgh, sum);
-                // The four words that are 16 further on take the place of these.
+                // The four words 16 positions later replace these words.
                 if step < 12 {
                     let [w0, w4, w8, w12] =
                         [0, 1, 2, 3].map(|distance| words[(step + distance) % 4]);
@@ -109,7 +108,7 @@ mod x86 {
         }
     }
 
-    /// The sixteen big-endian words of 64 bytes.
+    /// Returns the sixteen big-endian words of 64 bytes.
     #[target_feature(enable = "sha,sse2,ssse3,sse4.1")]
     fn load(data: &[u8; 64]) -> [__m128i; 4] {
         let big_endian = _mm_set_epi64x(0x0c0d_0e0f_0809_0a0b, 0x0405_0607_0001_0203);
@@ -150,12 +149,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn agrees_with_sha2(one in any::<[[u8; 32]; 8]>(), other in any::<[[u8; 32]; 8]>()) {
+        fn two_block_sha256_returns_digests_of_sha2(one in any::<[[u8; 32]; 8]>(), other in any::<[[u8; 32]; 8]>()) {
             let block = |seed: [[u8; 32]; 8]| -> [u8; BLOCK_SIZE] {
                 seed.concat().repeat(16).try_into().unwrap()
             };
             let (mut one, mut other) = (block(one), block(other));
-            // Not periodic.
+            // The data is not periodic.
             one.iter_mut().zip(0u32..).for_each(|(byte, n)| *byte ^= (n / 256) as u8);
             other.iter_mut().zip(0u32..).for_each(|(byte, n)| *byte ^= (n / 256) as u8);
             let blocks = [one, other];

@@ -1,25 +1,23 @@
 //! SHA-512 of eight blocks at a time.
 //!
-//! Most processors have no instructions for SHA-512, but AVX-512 computes with eight 64-bit words at
-//! once: one of each of eight streams. On a Zen 5 that is 2.5 times the throughput of one stream; with
-//! the four words of AVX2 it is none the faster.
+//! Most CPUs have no instructions for SHA-512, but AVX-512 computes with eight 64-bit words at once: one word
+//! of each of eight streams. On a Zen 5 this has 2.5 times the throughput of one stream. With the four words
+//! of AVX2 it is not faster.
 
 /// The size of a block of an fs-verity Merkle tree, in bytes.
 pub const BLOCK_SIZE: usize = 4096;
 
-/// The SHA-512 hashes of eight blocks. `None`: this processor has no instructions that make it worth
-/// it.
+/// Returns the SHA-512 hashes of eight blocks, or `None` if the CPU has no AVX-512.
 #[cfg(target_arch = "x86_64")]
 pub fn hash_eight_blocks(blocks: &[[u8; BLOCK_SIZE]; 8]) -> Option<[[u8; 64]; 8]> {
     if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-        // SAFETY: the processor has the features that the function is compiled for.
+        // SAFETY: the CPU has the features that the function is compiled for.
         return Some(unsafe { lanes::hash(blocks) });
     }
     None
 }
 
-/// The SHA-512 hashes of eight blocks. `None`: this processor has no instructions that make it worth
-/// it.
+/// Returns the SHA-512 hashes of eight blocks, or `None` if the CPU has no AVX-512.
 #[cfg(not(target_arch = "x86_64"))]
 pub fn hash_eight_blocks(_: &[[u8; BLOCK_SIZE]; 8]) -> Option<[[u8; 64]; 8]> {
     None
@@ -123,8 +121,8 @@ mod lanes {
         0x5be0_cd19_137e_2179,
     ];
 
-    /// The same word of each stream. The compiler makes one vector register of it, and one
-    /// instruction of what is done to all eight.
+    /// The same word of each stream. The compiler makes one vector register of it, and one instruction of
+    /// an operation on all eight words.
     type Lanes = [u64; 8];
 
     #[target_feature(enable = "avx512f,avx512bw")]
@@ -137,7 +135,7 @@ mod lanes {
                 u64::from_be_bytes(bytes)
             });
         }
-        // What SHA-512 appends to 4096 bytes: a one bit, zeros, and the length in bits.
+        // SHA-512 appends to 4096 bytes: a one bit, zeros, and the length in bits.
         compress(&mut state, |word, _| match word {
             0 => 1 << 63,
             15 => BLOCK_SIZE as u64 * 8,
@@ -187,7 +185,7 @@ mod lanes {
             let new_a = each_lane(|i| t1[i].wrapping_add(t2[i]));
             let new_e = each_lane(|i| d[i].wrapping_add(t1[i]));
             *state = [new_a, a, b, c, new_e, e, f, g];
-            // The word that is 16 further on takes the place of this one.
+            // The word 16 positions later replaces this word.
             let [w1, w9, w14] = [1, 9, 14].map(|distance| schedule[(round + distance) % 16]);
             schedule[round % 16] = each_lane(|i| {
                 let s0 = w1[i].rotate_right(1) ^ w1[i].rotate_right(8) ^ (w1[i] >> 7);
@@ -211,9 +209,9 @@ mod tests {
         // miri takes minutes for each.
         #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 64 }))]
         #[test]
-        fn agrees_with_sha2(seed in any::<[[u8; 32]; 8]>()) {
+        fn eight_block_sha512_returns_digests_of_sha2(seed in any::<[[u8; 32]; 8]>()) {
             let blocks = seed.map(|seed| -> [u8; BLOCK_SIZE] {
-                // Not periodic.
+                // The data is not periodic.
                 std::array::from_fn(|n| seed[n % 32] ^ (n / 32) as u8)
             });
             let Some(hashes) = hash_eight_blocks(&blocks) else { return Ok(()) };

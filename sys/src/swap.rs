@@ -5,26 +5,26 @@ use std::ffi::{CStr, c_char, c_int};
 use rustix::io;
 
 unsafe extern "C" {
-    /// Both are of the C library, which std links anyway.
+    /// Both functions are part of the C library, which std links anyway.
     fn swapon(path: *const c_char, flags: c_int) -> c_int;
     fn swapoff(path: *const c_char) -> c_int;
 }
 
-/// swapon(2): starts to swap to a device or file that has the signature of a swap area.
+/// Starts to swap to a device or file with the signature of a swap area (swapon(2)).
 ///
 /// # Errors
 ///
-/// `EINVAL`: there is no signature. `EBUSY`: it is in use. `EPERM`: no `CAP_SYS_ADMIN`.
+/// `EINVAL`: the signature is missing. `EBUSY`: the area is in use. `EPERM`: `CAP_SYS_ADMIN` is missing.
 pub fn swap_on(path: &CStr) -> io::Result<()> {
-    // SAFETY: the path ends in a NUL; nothing is written to it and nobody keeps it.
+    // SAFETY: the path ends in a NUL. The kernel does not write to it and does not keep it.
     result(unsafe { swapon(path.as_ptr(), 0) })
 }
 
-/// swapoff(2): reads back into memory all that was swapped there, and stops.
+/// Reads the contents of a swap area back into memory, and stops swapping there (swapoff(2)).
 ///
 /// # Errors
 ///
-/// `EINVAL`: it is not in use. `ENOMEM`: there is not enough memory for what is in it.
+/// `EINVAL`: the area is not in use. `ENOMEM`: memory is too small for its contents.
 pub fn swap_off(path: &CStr) -> io::Result<()> {
     // SAFETY: as above.
     result(unsafe { swapoff(path.as_ptr()) })

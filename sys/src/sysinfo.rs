@@ -1,6 +1,6 @@
-//! What rustix panics about where a seccomp filter denies it:
 //! [sysinfo(2)](https://man7.org/linux/man-pages/man2/sysinfo.2.html) and
-//! [getrlimit(2)](https://man7.org/linux/man-pages/man2/getrlimit.2.html).
+//! [getrlimit(2)](https://man7.org/linux/man-pages/man2/getrlimit.2.html). If a seccomp filter denies one of
+//! them, rustix panics.
 
 use std::ffi::{c_int, c_long};
 
@@ -9,12 +9,12 @@ use linux_raw_sys::system::sysinfo as Sysinfo;
 use rustix::io;
 
 unsafe extern "C" {
-    /// Both are of the C library, which std links anyway.
+    /// Both functions are part of the C library, which std links anyway.
     fn sysinfo(info: *mut WithPadding) -> c_int;
     fn syscall(number: c_long, ...) -> c_long;
 }
 
-/// 32-bit machines have bytes behind the fields, which the binding leaves out.
+/// On 32-bit machines bytes follow the fields, which the binding leaves out.
 #[repr(C)]
 struct WithPadding {
     info: Sysinfo,
@@ -23,17 +23,21 @@ struct WithPadding {
 
 /// The memory of the machine, in bytes.
 #[derive(Debug, Clone, Copy)]
-pub struct Memory {
-    /// All of it.
+pub struct SystemMemory {
+    /// The whole memory.
     pub total: u64,
-    /// What nobody uses at this moment, not even as page cache.
+    /// The memory that is not used at this moment, not even as page cache.
     pub free: u64,
 }
 
-/// sysinfo(2)
+/// Returns the memory of the machine (sysinfo(2)).
+///
+/// # Errors
+///
+/// The errno of a seccomp filter that denies sysinfo(2).
 #[allow(clippy::unnecessary_cast)] // c_ulong has 32 bits on 32-bit machines.
-pub fn memory() -> io::Result<Memory> {
-    // SAFETY: the structure consists of integers, for which zero is a value.
+pub fn memory() -> io::Result<SystemMemory> {
+    // SAFETY: the structure consists of integers, for which zero is valid.
     let mut answer: WithPadding = unsafe { std::mem::zeroed() };
     // SAFETY: the kernel writes a struct sysinfo, for which there is room.
     if unsafe { sysinfo(&mut answer) } != 0 {
@@ -42,15 +46,19 @@ pub fn memory() -> io::Result<Memory> {
     }
     let info = answer.info;
     let bytes = |units| units as u64 * u64::from(info.mem_unit);
-    Ok(Memory { total: bytes(info.totalram), free: bytes(info.freeram) })
+    Ok(SystemMemory { total: bytes(info.totalram), free: bytes(info.freeram) })
 }
 
-/// `RLIMIT_FSIZE`, in bytes: how large a file the process may write. `None`: as large as it likes.
+/// Returns `RLIMIT_FSIZE`, in bytes: the largest file that the process may write. `None` means no limit.
+///
+/// # Errors
+///
+/// The errno of a seccomp filter that denies prlimit(2).
 pub fn file_size_limit() -> io::Result<Option<u64>> {
     let mut limit = rlimit64 { rlim_cur: 0, rlim_max: 0 };
     let nothing = std::ptr::null::<rlimit64>();
-    // SAFETY: the arguments are those of prlimit(2) in their types: of the calling process, no new limit
-    // to be read, and room for the old one.
+    // SAFETY: the arguments have the types of prlimit(2): the calling process, no new limit to read, and
+    // room for the old limit.
     let result = unsafe {
         syscall(c_long::from(__NR_prlimit64), 0 as c_int, RLIMIT_FSIZE, nothing, &mut limit)
     };
@@ -64,7 +72,7 @@ pub fn file_size_limit() -> io::Result<Option<u64>> {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn less_is_free_than_there_is() {
+    fn memory_reports_less_free_than_total() {
         let memory = super::memory().unwrap();
         assert!(0 < memory.free && memory.free < memory.total, "{memory:?}");
     }

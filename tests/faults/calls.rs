@@ -1,4 +1,4 @@
-//! The system calls that the helper makes, and how each can fail.
+//! The system calls that the helper makes, and the errors of each.
 
 use nix::errno::Errno::{self, *};
 use nix::libc;
@@ -7,17 +7,18 @@ use nix::libc;
 pub struct SystemCall {
     pub name: &'static str,
     pub number: i64,
-    /// What a ladder or a retry of sealmount, or of what it uses, looks for. Part of every run.
-    pub looked_for: &'static [Errno],
-    /// What else its manual page lists.
+    /// The errnos that a fallback or a retry checks, in sealmount or in a library under sealmount.
+    /// Every run includes them.
+    pub checked: &'static [Errno],
+    /// The other errnos in the manual page of the call.
     pub listed: &'static [Errno],
 }
 
-/// Part of every run, for every call.
-pub const TELLING: [Errno; 4] = [EINTR, EINVAL, ENOMEM, EPERM];
+/// The errnos that every run includes for every call.
+pub const COMMON: [Errno; 4] = [EINTR, EINVAL, ENOMEM, EPERM];
 
-/// What kernels have been seen to answer, whatever the call.
-pub const SEEN: [Errno; 11] =
+/// Errnos that kernels have returned from any call.
+pub const KNOWN: [Errno; 11] =
     [EAGAIN, ENOSPC, EMFILE, ENFILE, EACCES, EBUSY, ENXIO, ENODEV, ENOSYS, EIO, ELOOP];
 
 impl SystemCall {
@@ -26,8 +27,9 @@ impl SystemCall {
         found.unwrap_or_else(|| panic!("system call {number} is missing in tests/faults/calls.rs"))
     }
 
-    /// Memory management: what fails here is an allocation, a stack, or giving memory back.
-    pub fn is_of_memory(&self) -> bool {
+    /// Returns whether the call manages memory. If the call fails, an allocation, a stack, or a release
+    /// of memory fails.
+    pub fn manages_memory(&self) -> bool {
         matches!(
             self.number,
             libc::SYS_brk
@@ -38,14 +40,14 @@ impl SystemCall {
         )
     }
 
-    /// What the C library gives up on by abort(3): a new thread cannot be known to rseq(2) although
-    /// the first one is, or a futex(2) gives an answer that it does not have.
-    pub fn is_of_threads(&self) -> bool {
+    /// Returns whether the C library calls abort(3) if the call fails. The C library does so if only a
+    /// new thread has no rseq(2), or if futex(2) returns an undocumented errno.
+    pub fn may_abort(&self) -> bool {
         matches!(self.number, libc::SYS_rseq | libc::SYS_futex)
     }
 
-    /// Makes the mount what it is: where one of these fails, and not with an errno that is looked for,
-    /// nothing is mounted.
+    /// Returns whether a mount needs the call. If the call fails with an errno outside of `checked`,
+    /// sealmount mounts nothing.
     pub fn is_decisive(&self) -> bool {
         matches!(
             self.number,
@@ -64,7 +66,7 @@ impl SystemCall {
         )
     }
 
-    /// Reads or writes as many bytes as its third argument says.
+    /// Returns whether the third argument is the number of bytes to read or write.
     pub fn has_length(&self) -> bool {
         matches!(
             self.number,
@@ -72,7 +74,7 @@ impl SystemCall {
         )
     }
 
-    /// Cannot fail: it does not return, or has no errors.
+    /// Returns whether the call cannot fail, because the call does not return or has no errors.
     pub fn cannot_fail(&self) -> bool {
         matches!(
             self.number,
@@ -87,15 +89,15 @@ impl SystemCall {
         )
     }
 
-    /// Every errno to try, or those of every run.
+    /// Returns every errno to try, or the errnos of every run.
     pub fn errnos(&self, all: bool) -> Vec<Errno> {
-        // It has none: it fails by leaving things as they are.
+        // brk(2) returns no errno. If brk(2) fails, the break stays in place.
         if self.number == libc::SYS_brk {
             return vec![ENOMEM];
         }
-        let mut errnos = [&TELLING, self.looked_for].concat();
+        let mut errnos = [&COMMON, self.checked].concat();
         if all {
-            errnos.extend(SEEN.iter().chain(self.listed));
+            errnos.extend(KNOWN.iter().chain(self.listed));
         }
         errnos.sort_unstable_by_key(|errno| *errno as i32);
         errnos.dedup();
@@ -106,20 +108,21 @@ impl SystemCall {
 const fn call(
     name: &'static str,
     number: i64,
-    looked_for: &'static [Errno],
+    checked: &'static [Errno],
     listed: &'static [Errno],
 ) -> SystemCall {
-    SystemCall { name, number, looked_for, listed }
+    SystemCall { name, number, checked, listed }
 }
 
-/// The errnos that have to do with paths.
+/// The errnos of a path lookup.
 const PATH: &[Errno] = &[EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EBADF, EOVERFLOW];
 
-/// Those of mmap(2) and munmap(2), which share a page.
+/// The errnos of mmap(2) and munmap(2), which share a manual page.
 const MAP: &[Errno] = &[EBADF, EEXIST, ENOEXEC, EOVERFLOW, ETXTBSY];
 
-/// By the manual pages of man-pages 6.03, where several calls share one by all of it; of fsconfig(2) and
-/// its kind, which have none there, and of ioctls by the kernel's sources (Linux 6.18).
+/// The errnos are from the manual pages of man-pages 6.03. If several calls share a page, each call has
+/// all errnos of the page. fsconfig(2), its relatives and ioctls have no page there, so their errnos
+/// are from the sources of Linux 6.18.
 const CALLS: &[SystemCall] = &[
     call(
         "access",
@@ -149,7 +152,7 @@ const CALLS: &[SystemCall] = &[
     call(
         "fsconfig",
         libc::SYS_fsconfig,
-        // EBUSY: a ramfs becomes read-only when the last copy of its writer is closed.
+        // EBUSY: a ramfs can become read-only when the last copy of its writer is closed.
         &[EBADF, EBUSY, EINVAL, ENOENT, ENOTBLK, EOPNOTSUPP],
         &[EFAULT, ENAMETOOLONG, ENOTDIR, E2BIG, EROFS, ESTALE, EUCLEAN],
     ),
@@ -196,7 +199,7 @@ const CALLS: &[SystemCall] = &[
         &[EBADF, EDQUOT, EEXIST, EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EROFS],
     ),
     call("mmap", libc::SYS_mmap, &[], MAP),
-    // EINVAL: the root is no mount, but a directory.
+    // EINVAL: the root is a directory without a mount.
     call(
         "mount_setattr",
         libc::SYS_mount_setattr,
@@ -211,7 +214,7 @@ const CALLS: &[SystemCall] = &[
     call(
         "openat",
         libc::SYS_openat,
-        // ENOTDIR, ELOOP: what is looked at is not an object directory, or not an object.
+        // ENOTDIR, ELOOP: a sampled entry is not an object directory, or not an object.
         &[EACCES, ELOOP, EMFILE, ENODEV, ENOENT, ENOTDIR, ENXIO],
         &[
             EBADF,

@@ -1,4 +1,4 @@
-//! What goes wrong in a run, and at which of the recorded system calls.
+//! The fault of a run, and the recorded system call of the fault.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use test_support::tracer::{Action, Call};
 use super::calls::SystemCall;
 use super::scenarios::FSCONFIG_CMD_CREATE;
 
-/// A call that was made to fail so often in one run is taken to be retried for ever.
+/// A call that fails this often in one run counts as retried forever.
 pub const FOR_EVER: usize = 5000;
 
 /// A system call of a run without a fault.
@@ -18,21 +18,28 @@ pub struct Recorded {
     pub call: &'static SystemCall,
     pub nth: usize,
     pub length: u64,
-    /// The key of fsconfig(2), and whether it is the command that makes a superblock.
+    /// The key of fsconfig(2).
     pub key: Option<String>,
+    /// Whether the call is the command of fsconfig(2) that makes a superblock.
     pub is_create: bool,
-    /// In a row of calls that differ in nothing that matters.
+    /// Whether the call is the check of the permission: the first command of that kind.
+    pub is_permission_check: bool,
+    /// Whether the call is `fcntl(F_GET_SEALS)` on the image.
+    pub is_seal_query: bool,
+    /// Whether the call is one of many similar calls in a row.
     pub is_one_of_many: bool,
-    /// Before the helper's own code: the dynamic loader, the C library, Rust's runtime.
+    /// Whether the call comes before the helper's own code, from the dynamic loader, the C library or
+    /// Rust's runtime.
     pub is_start: bool,
-    /// Finds out how much memory there is.
-    pub is_about_machine: bool,
-    /// `fcntl(F_GETFD)`, by which std checks descriptors in debug builds, and in these alone.
+    /// Whether the call queries the memory of the machine.
+    pub is_machine_query: bool,
+    /// Whether the call is `fcntl(F_GETFD)`. std checks descriptors with this call only in debug
+    /// builds.
     pub is_debug_check: bool,
 }
 
-/// What goes wrong in a run. A call is told by its number and how many of that number came before:
-/// where there are threads, that is steadier than its place among all.
+/// The fault of a run. The number of the call and the count of earlier calls of that number identify
+/// the call. With threads, that count differs less between runs than the position among all calls.
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {
     None,
@@ -41,25 +48,25 @@ pub enum Fault {
         nth: usize,
         errno: Errno,
     },
-    /// That call and all later ones of its kind.
+    /// This call and all later calls of the same number fail.
     ForEver {
         number: i64,
         nth: usize,
         errno: Errno,
     },
-    /// As many bytes are read or written, and no more.
+    /// The call reads or writes only this number of bytes.
     Short {
         number: i64,
         nth: usize,
         length: u64,
     },
-    /// That call and all later ones of its kind read or write in pieces.
+    /// This call and all later calls of the same number read or write in pieces.
     ShortForEver {
         number: i64,
         nth: usize,
         piece: Piece,
     },
-    /// Before that call.
+    /// The process gets a signal before the call.
     Signal {
         number: i64,
         nth: usize,
@@ -67,7 +74,7 @@ pub enum Fault {
     },
 }
 
-/// How much a read or write that is cut short does.
+/// The length to which a read or write is shortened.
 #[derive(Clone, Copy, Debug)]
 pub enum Piece {
     Half,
@@ -90,38 +97,42 @@ impl Recorded {
             key: (call.number == libc::SYS_fsconfig).then(|| call.text(2)).flatten(),
             is_create: call.number == libc::SYS_fsconfig
                 && call.arguments[1] == FSCONFIG_CMD_CREATE,
+            is_permission_check: call.number == libc::SYS_fsconfig && call.nth == 0,
+            is_seal_query: call.number == libc::SYS_fcntl
+                && call.arguments[1] == libc::F_GET_SEALS as u64,
             is_one_of_many: false,
-            // The first thing that the helper does is to open what its arguments name.
+            // The helper's own code starts with the first open of a path from its arguments.
             is_start: was_start && !(call.number == libc::SYS_openat && is_argument()),
-            is_about_machine: file == Path::new("/proc/meminfo"),
+            is_machine_query: file == Path::new("/proc/meminfo"),
             is_debug_check: call.number == libc::SYS_fcntl
                 && call.arguments[1] == libc::F_GETFD as u64,
         }
     }
 
-    /// No program outlives that it cannot be loaded, that it gets no memory, or that its C library
-    /// gives up.
+    /// Returns whether the fault may end the process. No program survives a failure of the loader, of
+    /// an allocation, or an abort of its C library.
     pub fn may_die(&self) -> bool {
-        self.is_start || self.call.is_of_memory() || self.call.is_of_threads()
+        self.is_start || self.call.manages_memory() || self.call.may_abort()
     }
 }
 
 impl Fault {
-    /// Only one call is made to fail.
+    /// Returns whether only one call fails.
     pub fn is_single(self) -> bool {
         !matches!(self, Fault::ForEver { .. } | Fault::ShortForEver { .. })
     }
 
-    /// What a kernel does without anything being wrong: some bytes are read or written, if not all.
+    /// Returns whether the fault is a short read or write, which a working kernel may return too.
     pub fn is_harmless(self) -> bool {
         matches!(self, Fault::Short { length: 1.., .. } | Fault::ShortForEver { .. })
     }
 
-    /// What becomes of a call; `injected` counts those that are not simply made.
+    /// Returns the action for a call. `injected` counts the calls that do not proceed.
     pub fn action(self, call: &Call, injected: &mut usize) -> Action {
         let is_this = |number, nth| (call.number, call.nth) == (number, nth);
         let action = match self {
-            // In another run than the recorded one, this place may be that of another operation.
+            // The recorded call is not FUTEX_WAKE, but another run can have FUTEX_WAKE at the same
+            // position.
             Fault::Errno { .. } | Fault::ForEver { .. } if is_wake(call) => return Action::Proceed,
             Fault::Errno { number, nth, errno } if is_this(number, nth) => Action::Fail(errno),
             Fault::Short { number, nth, length } if is_this(number, nth) => Action::Shorten(length),
@@ -141,7 +152,7 @@ impl Fault {
                     _ => Action::Fail(errno),
                 }
             }
-            // Four seconds of waiting for loop devices: not in each of these.
+            // Skips the four seconds of waiting for loop devices.
             Fault::ForEver { .. } if call.number == libc::SYS_clock_nanosleep => {
                 return Action::Answer(0, Vec::new());
             }
@@ -152,8 +163,8 @@ impl Fault {
     }
 }
 
-/// FUTEX_WAKE has no error to return, and the C library does not look for one: a call that was not made
-/// leaves its waiter asleep for good, whatever the helper does.
+/// Returns whether the call is FUTEX_WAKE. The C library does not check for errors of the call. Without
+/// the call, the waiter sleeps forever.
 fn is_wake(call: &Call) -> bool {
     let operation = (call.arguments[1] as i32) & libc::FUTEX_CMD_MASK;
     call.number == libc::SYS_futex && operation == libc::FUTEX_WAKE

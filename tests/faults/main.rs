@@ -1,8 +1,8 @@
-//! Every system call of the helper made to fail, in every way; and the helper killed before each.
-//! docs/faults.md says what is injected, and what may come of it.
+//! Makes every system call of the helper fail, with every errno, and kills the helper before each.
+//! docs/faults.md lists the faults and the permitted outcomes.
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-compile_error!("tests/faults knows the registers of x86_64 alone: leave it out with --lib --bins");
+compile_error!("tests/faults knows the registers of x86_64 only: leave it out with --lib --bins");
 
 mod calls;
 mod fault;
@@ -26,28 +26,29 @@ use fault::{Fault, Piece, Recorded};
 use outcome::{Memory, Outcome, Row, Witness};
 use scenarios::{Expected, Place, SCENARIOS, Scenario, is_measurement};
 
-/// A run without a fault takes some milliseconds; one that tries a thousand loop devices, seconds.
+/// A run without a fault needs some milliseconds. A run that tries a thousand loop devices needs
+/// seconds.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
 
-/// Where there are threads, not every run makes the calls of the one that was recorded. In so many of a
-/// hundred.
+/// With threads, not every run makes the same calls as the recorded run. At most this percentage of the
+/// runs may miss the call that should fail.
 const NOT_REACHED_MAX: usize = 3;
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
-    // They wait for the kernel about half of the time.
+    // The runs wait for the kernel about half of the time.
     arguments.test_threads.get_or_insert(4);
     let all = match std::env::var("SEALMOUNT_FAULTS") {
         Err(_) => false,
         Ok(value) if value == "all" => true,
-        Ok(value) => panic!("SEALMOUNT_FAULTS={value}: only \"all\" has a meaning"),
+        Ok(value) => panic!("SEALMOUNT_FAULTS={value}: the only valid value is \"all\""),
     };
     let rows = Arc::new(Mutex::new(Vec::new()));
     let trial = |number: usize| {
         let rows = rows.clone();
         let name = SCENARIOS[number].name.replace([',', ' '], "_").replace("__", "_");
         Trial::test(name, move || {
-            // A thread, and its mount namespace, of its own; its children are what it waits for.
+            // A new thread has its own mount namespace, and waits only for its own children.
             let run = move || run(&SCENARIOS[number], all);
             let Some((row, problems)) = std::thread::spawn(run).join().unwrap() else {
                 return Ok(());
@@ -76,12 +77,13 @@ fn main() -> ExitCode {
     conclusion.exit_code()
 }
 
-/// Runs a scenario with every fault. `None`: skipped, which [`test_support::Sandbox`] decides.
+/// Runs a scenario with every fault. Returns `None` if [`test_support::Sandbox`] decides to skip the
+/// test.
 fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
     let place = Place::new(scenario)?;
     let arguments = (scenario.arguments)(&place);
     let mut witness = Witness::new(scenario, &place);
-    // What overlayfs does to an upper layer that is new shows in the options.
+    // The first mount of a new upper layer shows other options, so the recorded run is the second.
     trace(&place, &arguments, &mut |call| scenario.answer(call).into());
     if mount_at(&place.mount_point()).is_some() {
         umount(&place.mount_point());
@@ -91,13 +93,13 @@ fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
         record.push(Recorded::new(call, &arguments, record.last()));
         scenario.answer(call).into()
     });
-    witness.see_whole();
+    witness.store_reference();
     let mut row = Row { scenario: scenario.name, calls: record.len(), ..Row::default() };
     let last = record.last().expect("a program makes system calls");
     if let Err(problem) = witness.judge(Fault::None, last, end, &stderr) {
         return Some((row, vec![format!("without a fault: {problem}: {end:?} {stderr:?}")]));
     }
-    // How often a thread yields while it waits for another differs from run to run.
+    // The number of yields of a waiting thread differs from run to run.
     record.retain(|recorded| recorded.call.number != libc::SYS_sched_yield || recorded.nth == 0);
     mark_many(&mut record);
     let mut problems = Vec::new();
@@ -105,7 +107,7 @@ fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
         let mut injected = 0;
         let mut is_measured = true;
         let (end, stderr) = trace(&place, &arguments, &mut |call| {
-            if let Some(problem) = names_a_file(call) {
+            if let Some(problem) = absolute_file(call) {
                 problems.push(format!("{}: {fault:?}: {problem}", scenario.name));
             }
             match fault.action(call, &mut injected) {
@@ -113,7 +115,7 @@ fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
                 action => {
                     let is_failure = matches!(action, Action::Fail(_));
                     is_measured &= !(is_failure && is_measurement(call, &arguments[0]));
-                    // Half of the time goes into looking at what follows.
+                    // Tracing the calls after the fault would double the time of the run.
                     let is_last = !all && scenario.kernel.is_none() && fault.is_single();
                     Decision { action, is_last }
                 }
@@ -121,8 +123,11 @@ fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
         });
         row.injections += injected.min(1);
         match witness.judge(fault, recorded, end, &stderr) {
-            Ok(Outcome::Mounted) if scenario.outcome == Expected::Vouched && !is_measured => {
-                problems.push(format!("{}: {fault:?}: nobody vouched for it", scenario.name));
+            Ok(Outcome::Mounted) if scenario.outcome == Expected::Measured && !is_measured => {
+                problems.push(format!(
+                    "{}: {fault:?}: mounted without a verified digest",
+                    scenario.name
+                ));
             }
             Ok(_) if injected == 0 => row.not_reached += 1,
             Ok(outcome) => *row.outcomes.entry(outcome).or_default() += 1,
@@ -134,7 +139,7 @@ fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
     }
     if row.not_reached * 100 > row.injections * NOT_REACHED_MAX {
         problems.push(format!(
-            "{}: {} runs did not come to the call that was to fail, {} did",
+            "{}: {} runs did not reach the call that should fail, {} runs did",
             scenario.name, row.not_reached, row.injections
         ));
     }
@@ -154,8 +159,8 @@ fn trace(
     tracer::run(command, TIME_LIMIT, decide)
 }
 
-/// A whiteout for each of 256 names, and a file of /proc in pieces: of such a row of calls, all but the
-/// first two and the last are one of many.
+/// Marks calls in a row of similar calls, except the first two and the last. Such rows are whiteouts
+/// for 256 names, and reads of a file of /proc in pieces.
 fn mark_many(record: &mut [Recorded]) {
     for row in record.chunk_by_mut(|one, other| one.call.number == other.call.number) {
         if matches!(row[0].call.number, libc::SYS_mknodat | libc::SYS_read) {
@@ -165,10 +170,12 @@ fn mark_many(record: &mut [Recorded]) {
     }
 }
 
-/// The faults to try, each with the call that it is for. A run that is not to take long does without
-/// what differs little: how the helper starts, and how it looks at the machine, is the same in every
-/// scenario, so one is enough; of a row of calls of one kind some are; SIGTERM, which nothing handles,
-/// is as good as SIGKILL.
+/// Returns the faults to try, each with its call. A short run leaves out faults that differ little:
+///
+/// - The start of the helper and its queries of the machine are the same in every scenario, so one
+///   scenario has them.
+/// - Some calls represent a row of similar calls.
+/// - No process handles SIGTERM, so SIGKILL represents SIGTERM.
 fn faults<'a>(
     record: &'a [Recorded],
     scenario: &Scenario,
@@ -177,13 +184,13 @@ fn faults<'a>(
 ) -> Vec<(&'a Recorded, Fault)> {
     let is_first = scenario.name == "plain";
     let is_first_copy = scenario.name == "memfd";
-    // A call for each byte of a megabyte would take minutes.
+    // Failing the call for each byte of a megabyte would need minutes.
     let is_small = fs::metadata(image).unwrap().len() < 1 << 20;
     let mut faults = Vec::new();
     let mut seen = HashSet::new();
     for recorded in record {
         let is_done_elsewhere = recorded.is_start && !is_first
-            || recorded.is_about_machine && !is_first_copy
+            || recorded.is_machine_query && !is_first_copy
             || recorded.is_one_of_many
             || recorded.is_debug_check;
         if is_done_elsewhere && !all {
@@ -219,7 +226,7 @@ fn faults<'a>(
             faults.extend(pieces.into_iter().map(short));
         }
         if !recorded.may_die() && (all || is_first_of_kind) {
-            let busy = call.looked_for.contains(&Errno::EBUSY).then_some(Errno::EBUSY);
+            let busy = call.checked.contains(&Errno::EBUSY).then_some(Errno::EBUSY);
             for errno in [Errno::EINTR, Errno::EAGAIN].into_iter().chain(busy) {
                 faults.push((recorded, Fault::ForEver { number, nth, errno }));
             }
@@ -228,14 +235,14 @@ fn faults<'a>(
     faults
 }
 
-/// Whether a call makes a name where it could be left behind: by an absolute path. Of the others, the
-/// directories that the helper knows are looked at after each run.
-fn names_a_file(call: &Call) -> Option<String> {
+/// Returns a problem if a call makes a file by an absolute path, because the file could remain there.
+/// Each run checks only the directories that the helper knows.
+fn absolute_file(call: &Call) -> Option<String> {
     let makes_name = match call.number {
         libc::SYS_openat => call.arguments[2] & libc::O_CREAT as u64 != 0,
         libc::SYS_mkdirat | libc::SYS_mknodat => true,
         _ => false,
     };
     let path = makes_name.then(|| call.text(1)).flatten().filter(|path| path.starts_with('/'))?;
-    Some(format!("a name is made by an absolute path: {path}"))
+    Some(format!("the helper makes a file by an absolute path: {path}"))
 }

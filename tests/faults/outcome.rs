@@ -1,4 +1,5 @@
-//! What came of a run, whether it may, and what it left.
+//! Determines the outcome of a run, whether the outcome is permitted, and whether the run left
+//! anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,71 +17,52 @@ use test_support::{
 use super::fault::{FOR_EVER, Fault, Recorded};
 use super::scenarios::{Expected, Place, Scenario};
 
-/// What may come of a run.
+/// The outcomes of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Outcome {
-    /// Mounted, whole, as asked for.
+    /// The helper mounted the whole tree with all options.
     Mounted,
-    /// `tryverity`, and the kernel said that it cannot: mounted without.
+    /// The helper mounted without verity: the option is `tryverity`, and the kernel reported no
+    /// support.
     MountedWithoutVerity,
-    /// Nothing mounted, this exit status, and a message that says what failed.
-    Refused(i32),
-    /// Nothing mounted: the program could not be loaded, got no memory, or was given up by the C
-    /// library.
+    /// The helper mounted nothing, and exited with this status and a message that names the failure.
+    Failed(i32),
+    /// The helper mounted nothing: the loader failed, an allocation failed, or the C library called
+    /// abort(3).
     Died,
-    /// Killed by the signal that was sent, and mounted as asked for.
+    /// The signal of the fault killed the helper after a correct mount.
     KilledMounted,
-    /// Killed by the signal that was sent, and nothing mounted.
+    /// The signal of the fault killed the helper before a mount.
     KilledUnmounted,
-    /// EINTR without end is retried without end; SIGTERM ended it.
+    /// The helper retried a call that failed with EINTR every time. SIGTERM ended the run.
     Retried,
 }
-
-/// What each message of the helper has one of: what was being done, or what is wrong with what.
-const OPERATIONS: [&str; 17] = [
-    ": cannot ",
-    "object directory /",
-    "mount point /",
-    "upperdir /",
-    "workdir /",
-    "changed its size while it was read",
-    "not a composefs image",
-    "cut short",
-    "too long",
-    "a composefs header, and no EROFS superblock behind it",
-    "no loop device to be had",
-    "cannot be decompressed",
-    "not a user namespace",
-    "its fs-verity digest is",
-    "cannot be checked against digest=",
-    "verity cannot be enforced",
-    "the kernel's overlayfs cannot enforce fs-verity",
-];
 
 /// Judges the runs of a scenario.
 pub struct Witness<'a> {
     scenario: &'a Scenario,
     place: &'a Place,
-    /// What was mounted before.
+    /// The mounts before the first run.
     mounts: Vec<Mount>,
     files: BTreeSet<String>,
-    /// The mount as it is where nothing fails.
+    /// The mount of a run without a fault.
     whole: Option<Mount>,
 }
 
 impl<'a> Witness<'a> {
-    /// To be called before anything runs.
+    /// Makes a witness, before the first run.
     pub fn new(scenario: &'a Scenario, place: &'a Place) -> Witness<'a> {
         let mounts = mounts();
         Witness { scenario, place, mounts, files: files(place), whole: None }
     }
 
-    /// To be called after the run without a fault, which is what the others are compared with.
-    pub fn see_whole(&mut self) {
+    /// Stores the mount of the run without a fault, for the comparison with all other runs.
+    pub fn store_reference(&mut self) {
         self.whole = mount_at(&self.place.mount_point());
     }
 
-    /// What came of a run; or why it may not. Unmounts what is mounted.
+    /// Returns the outcome of a run, or the reason why the outcome is not permitted. Unmounts the
+    /// mount.
     pub fn judge(
         &self,
         fault: Fault,
@@ -99,38 +81,41 @@ impl<'a> Witness<'a> {
         let message = || check_message(fault, stderr);
         match (end, fault) {
             (End::Exited(0), _) => match verity {
-                _ if self.scenario.outcome == Expected::Refusal => Err("success".into()),
-                None => Err("success, and no mount".into()),
-                Some(_) if fault.is_passed_over(recorded) => Err("a failure passed over".into()),
+                _ if self.scenario.outcome == Expected::Failure => Err("success".into()),
+                None => Err("the helper succeeded without a mount".into()),
+                Some(_) if fault.must_prevent_mount(recorded) => {
+                    Err("the helper ignored a failure".into())
+                }
                 Some(true) => Ok(Outcome::Mounted),
                 Some(false) => Ok(Outcome::MountedWithoutVerity),
             },
             (End::Killed(got), Fault::Signal { signal, .. }) if got == signal => {
                 match (is_mounted, self.scenario.outcome) {
-                    (true, Expected::Refusal) => Err("mounted".into()),
+                    (true, Expected::Failure) => Err("mounted".into()),
                     (true, _) => Ok(Outcome::KilledMounted),
                     (false, _) => Ok(Outcome::KilledUnmounted),
                 }
             }
             (End::Killed(Signal::SIGTERM), Fault::ForEver { errno: Errno::EINTR, .. })
-                if !is_mounted || self.scenario.outcome != Expected::Refusal =>
+                if !is_mounted || self.scenario.outcome != Expected::Failure =>
             {
                 Ok(Outcome::Retried)
             }
-            _ if is_mounted => Err("failure, and a mount".into()),
-            _ if self.scenario.outcome != Expected::Refusal
+            _ if is_mounted => Err("the helper failed and left a mount".into()),
+            _ if self.scenario.outcome != Expected::Failure
                 && fault.is_harmless()
                 && !recorded.is_start =>
             {
-                Err("failure, although nothing is wrong".into())
+                Err("the helper failed without a cause".into())
             }
-            (End::Exited(status @ (1 | 2 | 32)), _) => message().map(|()| Outcome::Refused(status)),
-            // The loader's status, and its end where it got no memory.
+            (End::Exited(status @ (1 | 2 | 32)), _) => message().map(|()| Outcome::Failed(status)),
+            // The loader exits with 127, or gets a signal if an allocation fails.
             (End::Exited(127) | End::Killed(Signal::SIGSEGV), _) if recorded.is_start => {
                 Ok(Outcome::Died)
             }
             (End::Killed(Signal::SIGABRT), _) if recorded.may_die() => Ok(Outcome::Died),
-            // Rust's runtime panics where it cannot start a thread half-way, or wait for it.
+            // Rust's runtime panics if Rust cannot finish the start of a thread, or wait for the
+            // thread.
             (End::Exited(4), _)
                 if recorded.may_die() && stderr.contains("library/std/src/sys/") =>
             {
@@ -139,12 +124,12 @@ impl<'a> Witness<'a> {
             (End::Killed(Signal::SIGTERM), Fault::ForEver { .. }) => {
                 Err(format!("{FOR_EVER} attempts"))
             }
-            _ => Err("not an end it may have".into()),
+            _ => Err("the end of the process is not permitted".into()),
         }
     }
 
-    /// Whether a mount is what was asked for; `false`: it is, without verity, which `tryverity` is
-    /// where the kernel said that it cannot.
+    /// Checks that a mount has the tree and the options of the scenario. Returns whether the mount has
+    /// verity. With `tryverity`, a mount without verity is correct if the kernel reported no support.
     fn check_mount(
         &self,
         mount: &Mount,
@@ -152,7 +137,7 @@ impl<'a> Witness<'a> {
         recorded: &Recorded,
     ) -> Result<bool, String> {
         let Some(whole) = &self.whole else { return Err(format!("mounted: {mount:?}")) };
-        // The layers may have been given by other names.
+        // The paths of the layers may differ.
         let options = |mount: &Mount| -> BTreeSet<String> {
             let is_layer = |option: &&String| {
                 let key = option.split('=').next().unwrap_or_default();
@@ -165,20 +150,20 @@ impl<'a> Witness<'a> {
         let mut has_verity = true;
         if self.scenario.outcome == Expected::TryVerity
             && !found.contains(verity)
-            && fault.says_no_verity(recorded)
+            && fault.means_no_verity(recorded)
         {
             expected.remove(verity);
             has_verity = false;
         }
         if (&mount.fs_type, &mount.source, &found) != (&whole.fs_type, &whole.source, &expected) {
-            return Err(format!("mounted is {mount:?}, not {whole:?}"));
+            return Err(format!("mounted {mount:?}, expected {whole:?}"));
         }
         let root = &mount.mount_point;
         let compared = catch_unwind(AssertUnwindSafe(|| match self.scenario.outcome {
             Expected::Mount => assert_is_manifest(root),
             Expected::Idmapped => assert_is_manifest_mapped(root, 100_000),
             _ if !has_verity => assert_is_manifest(root),
-            // The objects do not have fs-verity, so what is not in the image cannot be read.
+            // The objects have no fs-verity, so only files within the image can be read.
             _ => {
                 let hello = fs::read_to_string(root.join("hello.txt")).unwrap();
                 assert_eq!(hello, "hello from a composefs image\n");
@@ -186,11 +171,11 @@ impl<'a> Witness<'a> {
                 assert_eq!(object.raw_os_error(), Some(libc::EIO));
             }
         }));
-        compared.map_err(|_| "mounted is another tree".to_owned())?;
+        compared.map_err(|_| "the helper mounted another tree".to_owned())?;
         Ok(has_verity)
     }
 
-    /// No mount, no loop device, no file. Threads and children are gone: the tracer waits for them.
+    /// Checks that no mount, loop device or file is left. The tracer waits for threads and children.
     fn check_nothing_left(&self) -> Result<(), String> {
         let mounts = mounts();
         if mounts != self.mounts {
@@ -200,7 +185,7 @@ impl<'a> Witness<'a> {
         if files != self.files {
             return Err(format!("files are left: {files:?}, not {:?}", self.files));
         }
-        // The kernel lets go of one a moment after its last use.
+        // The kernel releases a loop device a moment after its last use.
         for _ in 0..500 {
             if loop_devices(&self.place.mark).is_empty() {
                 return Ok(());
@@ -211,7 +196,7 @@ impl<'a> Witness<'a> {
     }
 }
 
-/// What lies in the directories that the helper knows. What overlayfs makes in workdir stays there.
+/// Returns the files in the directories that the helper knows. overlayfs leaves files in workdir.
 fn files(place: &Place) -> BTreeSet<String> {
     ["", "mnt", "upper", "empty"]
         .iter()
@@ -221,13 +206,16 @@ fn files(place: &Place) -> BTreeSet<String> {
 }
 
 impl Fault {
-    /// An answer by which a kernel or a file system says that it has no fs-verity.
-    fn says_no_verity(self, recorded: &Recorded) -> bool {
+    /// Returns whether the errno means that the kernel, a file system or an object has no fs-verity.
+    fn means_no_verity(self, recorded: &Recorded) -> bool {
         let (Fault::Errno { errno, .. } | Fault::ForEver { errno, .. }) = self else {
             return false;
         };
         match recorded.call.number {
-            libc::SYS_ioctl => matches!(errno, Errno::ENOTTY | Errno::EOPNOTSUPP),
+            // ENODATA: the object itself has no fs-verity.
+            libc::SYS_ioctl => {
+                matches!(errno, Errno::ENODATA | Errno::ENOTTY | Errno::EOPNOTSUPP)
+            }
             libc::SYS_fsconfig => {
                 let is_for_verity = recorded.is_create || recorded.key.as_deref() == Some("verity");
                 errno == Errno::EINVAL && is_for_verity
@@ -236,10 +224,19 @@ impl Fault {
         }
     }
 
-    /// Nothing may be mounted where this call failed.
-    fn is_passed_over(self, recorded: &Recorded) -> bool {
+    /// Returns whether the failure must prevent the mount.
+    fn must_prevent_mount(self, recorded: &Recorded) -> bool {
         let Fault::Errno { errno, .. } = self else { return false };
-        recorded.call.is_decisive() && !recorded.call.looked_for.contains(&errno)
+        // The check of the permission has no source, so most errnos mean that the permission exists.
+        // The mount repeats the call.
+        if recorded.is_permission_check {
+            return matches!(errno, Errno::EPERM | Errno::EACCES);
+        }
+        // If the query fails, sealmount treats the image as a file that can change.
+        if recorded.is_seal_query {
+            return false;
+        }
+        recorded.call.is_decisive() && !recorded.call.checked.contains(&errno)
     }
 
     fn is_of(self, expected: i64) -> bool {
@@ -253,17 +250,23 @@ impl Fault {
     }
 }
 
-/// Whether a message says what failed: a line of ours, and hints behind it.
+/// Checks that the last message has the form `object: cannot VERB: cause`. Hints may follow the
+/// message.
 fn check_message(fault: Fault, stderr: &str) -> Result<(), String> {
-    // The message itself could not be written.
+    // The helper could not write the message.
     if fault.is_of(libc::SYS_write) {
         return Ok(());
     }
     let lines = || stderr.lines().filter_map(|line| line.strip_prefix("mount.composefs: "));
     let last = lines().next_back().unwrap_or_default();
-    match OPERATIONS.iter().any(|operation| format!(": {last}").contains(operation)) {
-        true => Ok(()),
-        false => Err("a message that does not say what failed".into()),
+    // A message without an object starts with the operation.
+    let (operation, cause) = match last.split_once("cannot ") {
+        Some((_, rest)) => rest.split_once(": ").unwrap_or_default(),
+        None => ("", ""),
+    };
+    match operation.is_empty() || cause.is_empty() {
+        true => Err("the message does not name the failure".into()),
+        false => Ok(()),
     }
 }
 
@@ -271,21 +274,21 @@ fn check_message(fault: Fault, stderr: &str) -> Result<(), String> {
 #[derive(Default)]
 pub struct Row {
     pub scenario: &'static str,
-    /// System calls of a run without a fault.
+    /// The number of system calls of a run without a fault.
     pub calls: usize,
-    /// Runs with a fault.
+    /// The number of runs with a fault.
     pub injections: usize,
-    /// Runs whose threads made fewer calls of that kind than the one recorded.
+    /// The number of runs whose threads made fewer calls of that number than the recorded run.
     pub not_reached: usize,
     pub outcomes: BTreeMap<Outcome, usize>,
 }
 
-/// What memory of the whole system no process has to itself, in KiB.
+/// The shared memory of the whole system, in KiB.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
-    /// What memfds take, and tmpfs.
+    /// The memory of memfds and of tmpfs.
     shared: u64,
-    /// What a ramfs takes, and a locked memfd.
+    /// The memory of ramfs and of locked memfds.
     unevictable: u64,
 }
 
@@ -299,7 +302,7 @@ impl Memory {
         Memory { shared: field("Shmem:"), unevictable: field("Unevictable:") }
     }
 
-    /// Once the kernel has taken back what was given up, and other programs what they took meanwhile.
+    /// Returns the memory after the kernel, and other programs, have released their memory.
     pub fn settled(before: Memory) -> Memory {
         for _ in 0..1200 {
             let now = Memory::now();
@@ -311,7 +314,8 @@ impl Memory {
         Memory::now()
     }
 
-    /// By more than other programs come and go with. Thousands of copies were made.
+    /// Returns whether the growth exceeds the use of other programs. The scenarios make thousands of
+    /// copies.
     pub fn is_more_than(self, before: Memory) -> bool {
         const TOLERANCE: u64 = 4 << 10;
         self.shared > before.shared + TOLERANCE || self.unevictable > before.unevictable + TOLERANCE
@@ -323,9 +327,9 @@ pub fn print(rows: impl Iterator<Item = Row>) {
     const COLUMNS: [(&str, Outcome); 9] = [
         ("mounted", Outcome::Mounted),
         ("without verity", Outcome::MountedWithoutVerity),
-        ("status 1", Outcome::Refused(1)),
-        ("status 2", Outcome::Refused(2)),
-        ("status 32", Outcome::Refused(32)),
+        ("status 1", Outcome::Failed(1)),
+        ("status 2", Outcome::Failed(2)),
+        ("status 32", Outcome::Failed(32)),
         ("died", Outcome::Died),
         ("retried", Outcome::Retried),
         ("killed", Outcome::KilledUnmounted),
@@ -352,5 +356,5 @@ pub fn print(rows: impl Iterator<Item = Row>) {
         }
     }
     line(&total);
-    println!("{} runs did not come to the call", total.not_reached);
+    println!("{} runs did not reach the call", total.not_reached);
 }

@@ -1,4 +1,4 @@
-//! What the helper is asked for, and on what kernel.
+//! The calls of the helper, and the kernels that the tracer imitates.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,49 +6,50 @@ use std::process::{Child, Command};
 
 use nix::errno::Errno;
 use nix::libc;
-use sealmount::{Algorithm, compute_digest};
+use sealmount::{Algorithm, Digest};
 use test_support::tracer::{Action, Call};
 use test_support::{Sandbox, V1, V2, large_image, sandbox, user_namespace};
 
-/// A way to call the helper.
+/// A call of the helper.
 pub struct Scenario {
     pub name: &'static str,
     pub arguments: fn(&Place) -> Vec<String>,
-    /// What another kernel, or file system, would answer.
+    /// The results of another kernel or file system.
     pub kernel: Option<fn(&Call) -> Action>,
     pub outcome: Expected,
 }
 
 impl Scenario {
-    /// What becomes of a call that is not made to fail.
+    /// Returns the action for a call without a fault.
     pub fn answer(&self, call: &Call) -> Action {
         self.kernel.map_or(Action::Proceed, |kernel| kernel(call))
     }
 }
 
-/// What comes of it where nothing fails.
+/// The outcome of a run without a fault.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Expected {
-    /// The tree of the manifest.
+    /// A mount of the tree of the manifest.
     Mount,
-    /// The same with all owners moved up.
+    /// A mount of the tree of the manifest, with all owners moved up.
     Idmapped,
-    /// With `verity=require`. The objects do not really have fs-verity: only small files can be read.
+    /// A mount of the tree with `verity=require`. The objects have no fs-verity, so only small files
+    /// can be read.
     Verity,
-    /// The same, of an image whose digest is another than the one that was asked for: it is the
-    /// kernel alone that vouches for it, so where it is not asked, or does not answer, nothing is
-    /// mounted.
-    Vouched,
-    /// With as much of it as the kernel says to have.
+    /// A mount of the tree with `verity=require`, from an image with another digest. Only the imitated
+    /// kernel measures the expected digest. If sealmount does not measure the image, or the measurement
+    /// fails, sealmount must mount nothing.
+    Measured,
+    /// A mount of the tree, with `verity=require` if the kernel reports support for verity.
     TryVerity,
-    /// Refused, whatever else fails.
-    Refusal,
+    /// No mount, with or without a fault.
+    Failure,
 }
 
-/// Where a scenario lies.
+/// The directory and the namespaces of a scenario.
 pub struct Place {
     pub sandbox: Sandbox,
-    /// What the names of its images begin with: tells its loop devices from those of others.
+    /// The start of the names of the images, which identifies the loop devices of the scenario.
     pub mark: String,
     /// Holds the user namespace of `idmap=`.
     pub namespace: Option<(Child, String)>,
@@ -73,7 +74,7 @@ impl Place {
         self.sandbox.path(name).to_str().unwrap().to_owned()
     }
 
-    /// The operands, with an image of this content, and the options.
+    /// Returns the operands, with an image of this content, and the options.
     fn call(&self, image: &[u8], options: &str) -> Vec<String> {
         let image = self.sandbox.file(&format!("{}.cfs", self.mark), image);
         let image = image.to_str().unwrap().to_owned();
@@ -85,8 +86,8 @@ impl Place {
         self.call(&image, &format!("basedir={},{options}", V1.objects().display()))
     }
 
-    /// Of another image, with the same tree: what it does not have is the digest of V1.
-    fn harmed(&self, options: &str) -> Vec<String> {
+    /// Returns a call with a changed image that has the tree of V1 and another digest.
+    fn v1_changed(&self, options: &str) -> Vec<String> {
         let mut image = fs::read(V1.image()).unwrap();
         image[UUID] ^= 1;
         self.call(
@@ -95,7 +96,7 @@ impl Place {
         )
     }
 
-    /// With `noverity` and the digest.
+    /// Returns a call with `noverity` and the digest.
     fn v1_verified(&self, options: &str) -> Vec<String> {
         self.v1(&format!("noverity,digest={},{options}", V1.digest))
     }
@@ -109,7 +110,7 @@ impl Place {
         )
     }
 
-    /// The V2 image through a program.
+    /// Returns a call with the V2 image, compressed by a program.
     fn compressed(&self, program: &str, options: &str) -> Vec<String> {
         let output = Command::new(program).arg("-c").arg(V2.image()).output().unwrap();
         assert!(output.status.success(), "{program}: {output:?}");
@@ -117,7 +118,7 @@ impl Place {
     }
 }
 
-/// Where EROFS has what nothing depends on.
+/// The UUID of EROFS, which does not affect the tree.
 const UUID: usize = 1024 + 48;
 
 pub const SCENARIOS: &[Scenario] = &[
@@ -140,7 +141,7 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "memfd in threads",
         arguments: |place| {
             let image = large_image((1 << 20) + 4096);
-            let digest = compute_digest(Algorithm::Sha256, &image);
+            let digest = Digest::of_bytes(Algorithm::Sha256, &image);
             let basedir = V1.objects();
             let basedir = basedir.display();
             place.call(&image, &format!("basedir={basedir},copy,noverity,digest={digest}"))
@@ -202,7 +203,7 @@ pub const SCENARIOS: &[Scenario] = &[
         name: "wrong digest",
         arguments: |place| place.v1(&format!("copy,noverity,digest={}", "0".repeat(64))),
         kernel: None,
-        outcome: Expected::Refusal,
+        outcome: Expected::Failure,
     },
     Scenario {
         name: "wrong digest, ramfs",
@@ -212,7 +213,7 @@ pub const SCENARIOS: &[Scenario] = &[
             call.iter().map(|word| word.replace(V2.digest, &"0".repeat(128))).collect()
         },
         kernel: None,
-        outcome: Expected::Refusal,
+        outcome: Expected::Failure,
     },
     Scenario {
         name: "wrong digest, zstd",
@@ -221,49 +222,49 @@ pub const SCENARIOS: &[Scenario] = &[
             call.iter().map(|word| word.replace(V2.digest, &"0".repeat(128))).collect()
         },
         kernel: None,
-        outcome: Expected::Refusal,
+        outcome: Expected::Failure,
     },
     Scenario {
         name: "digest by the kernel",
-        arguments: |place| place.harmed(""),
+        arguments: |place| place.v1_changed(""),
         kernel: Some(with_verity),
-        outcome: Expected::Vouched,
+        outcome: Expected::Measured,
     },
     Scenario {
         name: "digest by the kernel, memfd",
-        arguments: |place| place.harmed(",copy"),
+        arguments: |place| place.v1_changed(",copy"),
         kernel: Some(with_verity),
-        outcome: Expected::Vouched,
+        outcome: Expected::Measured,
     },
     Scenario {
         name: "wrong digest by the kernel",
         arguments: |place| place.v1(&format!("digest={}", "0".repeat(64))),
         kernel: Some(with_verity),
-        outcome: Expected::Refusal,
+        outcome: Expected::Failure,
     },
     Scenario {
         name: "wrong digest by the kernel, memfd",
         arguments: |place| place.v1(&format!("copy,digest={}", "0".repeat(64))),
         kernel: Some(with_verity),
-        outcome: Expected::Refusal,
+        outcome: Expected::Failure,
     },
     Scenario {
-        name: "digest by somebody, memfd",
-        arguments: |place| place.harmed(",noverity,copy"),
+        name: "digest not in statx, memfd",
+        arguments: |place| place.v1_changed(",noverity,copy"),
         kernel: Some(without_attribute),
-        outcome: Expected::Refusal,
+        outcome: Expected::Failure,
     },
     Scenario {
         name: "digest by FUSE",
-        arguments: |place| place.harmed(",noverity"),
+        arguments: |place| place.v1_changed(",noverity"),
         kernel: Some(with_fuse),
-        outcome: Expected::Refusal,
+        outcome: Expected::Failure,
     },
     Scenario {
         name: "digest by FUSE, memfd",
-        arguments: |place| place.harmed(",noverity,copy"),
+        arguments: |place| place.v1_changed(",noverity,copy"),
         kernel: Some(with_fuse),
-        outcome: Expected::Refusal,
+        outcome: Expected::Failure,
     },
     Scenario {
         name: "tryverity",
@@ -272,10 +273,10 @@ pub const SCENARIOS: &[Scenario] = &[
         outcome: Expected::TryVerity,
     },
     Scenario {
-        name: "verity, objects without",
+        name: "verity, objects lack fs-verity",
         arguments: |place| place.v1("verity"),
         kernel: None,
-        outcome: Expected::Refusal,
+        outcome: Expected::Failure,
     },
     Scenario {
         name: "without procfs",
@@ -308,7 +309,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-/// fsconfig(2) with this command and key.
+/// Returns whether a call is fsconfig(2) with this command and key.
 fn sets(call: &Call, command: u64, key: &str) -> bool {
     call.number == libc::SYS_fsconfig
         && call.arguments[1] == command
@@ -322,20 +323,21 @@ pub const FSCONFIG_CMD_CREATE: u64 = 6;
 /// `FS_IOC_MEASURE_VERITY`
 const MEASURE_VERITY: u64 = 0xc004_6686;
 
-/// The file system has fs-verity, and all files of the fixture V1 have it; directories cannot.
+/// Imitates a file system on which all files of the fixture V1 have fs-verity. Directories cannot have
+/// fs-verity.
 fn with_verity(call: &Call) -> Action {
     let is_directory = || call.file(0).is_none_or(|file| file.is_dir());
     match call.number {
         libc::SYS_ioctl if call.arguments[1] == MEASURE_VERITY && is_directory() => {
             Action::Fail(Errno::ENODATA)
         }
-        // struct fsverity_digest: algorithm, size, digest. That of the image; of an object it does not
-        // matter which one it is.
+        // struct fsverity_digest holds the algorithm, the size, and the digest of the image. For an
+        // object, any digest is good enough.
         libc::SYS_ioctl if call.arguments[1] == MEASURE_VERITY => {
-            let sealmount::Digest::Sha256(digest) = V1.digest() else { unreachable!() };
+            let Digest::Sha256(digest) = V1.digest() else { unreachable!() };
             Action::Answer(2, [&[1, 0, 32, 0][..], &digest].concat())
         }
-        // struct statx, for who asks for nothing but the attributes: STATX_ATTR_VERITY.
+        // An empty mask requests only the attributes, so struct statx holds only STATX_ATTR_VERITY.
         libc::SYS_statx if call.arguments[3] == 0 => {
             let mut statx = vec![0; 256];
             statx[8..16].copy_from_slice(&(libc::STATX_ATTR_VERITY as u64).to_le_bytes());
@@ -345,7 +347,7 @@ fn with_verity(call: &Call) -> Action {
     }
 }
 
-/// Somebody answers with the digest who does not tell the attribute.
+/// Imitates a file system that returns the digest, but not the attribute.
 fn without_attribute(call: &Call) -> Action {
     match call.number {
         libc::SYS_statx if call.arguments[3] == 0 => Action::Answer(4, vec![0; 256]),
@@ -353,11 +355,11 @@ fn without_attribute(call: &Call) -> Action {
     }
 }
 
-/// A server of FUSE answers with the digest, and FUSE has learned to tell the attribute.
+/// Imitates FUSE with a server that returns the digest, and a kernel whose FUSE returns the attribute.
 fn with_fuse(call: &Call) -> Action {
     match call.number {
         libc::SYS_fstatfs => {
-            // struct statfs: the type of the file system first.
+            // struct statfs starts with the type of the file system.
             let mut statfs = vec![0; 120];
             statfs[..8].copy_from_slice(&libc::FUSE_SUPER_MAGIC.to_le_bytes());
             Action::Answer(1, statfs)
@@ -366,7 +368,7 @@ fn with_fuse(call: &Call) -> Action {
     }
 }
 
-/// Part of the question whether the kernel vouches for this file.
+/// Returns whether a call is part of a measurement of this file.
 pub fn is_measurement(call: &Call, file: &str) -> bool {
     let is_part = match call.number {
         libc::SYS_ioctl => call.arguments[1] == MEASURE_VERITY,
@@ -377,7 +379,7 @@ pub fn is_measurement(call: &Call, file: &str) -> bool {
     is_part && call.file(0).is_some_and(|measured| measured == Path::new(file))
 }
 
-/// The kernel has no procfs.
+/// Imitates a kernel without procfs.
 fn without_procfs(call: &Call) -> Action {
     if call.number == libc::SYS_fsopen && call.text(0).as_deref() == Some("proc") {
         return Action::Fail(Errno::ENODEV);
@@ -393,7 +395,7 @@ fn without_procfs(call: &Call) -> Action {
     }
 }
 
-/// No layers by descriptor.
+/// Imitates a kernel that does not support layers by descriptor.
 fn as_on_6_12(call: &Call) -> Action {
     let keys = ["lowerdir+", "datadir+", "upperdir", "workdir"];
     match keys.iter().any(|key| sets(call, FSCONFIG_SET_FD, key)) {
@@ -402,10 +404,13 @@ fn as_on_6_12(call: &Call) -> Action {
     }
 }
 
-/// Nor `lowerdir+`, nor EROFS from a file.
+/// Imitates a kernel that also lacks `lowerdir+` and EROFS from a file.
 fn as_on_6_6(call: &Call) -> Action {
-    let is_file =
-        |call: &Call| call.text(3).is_some_and(|source| source.starts_with("thread-self/"));
+    // The path of a descriptor lies in a private procfs or at /proc.
+    let is_file = |call: &Call| {
+        let of_descriptor = ["thread-self/fd/", "/proc/self/fd/"];
+        call.text(3).is_some_and(|source| of_descriptor.iter().any(|path| source.starts_with(path)))
+    };
     if sets(call, FSCONFIG_SET_STRING, "lowerdir+") {
         return Action::Fail(Errno::EINVAL);
     }
@@ -415,7 +420,8 @@ fn as_on_6_6(call: &Call) -> Action {
     as_on_6_12(call)
 }
 
-/// Nor data-only layers: overlayfs does not parse its options itself.
+/// Imitates a kernel that also lacks data-only layers, because overlayfs does not parse its options
+/// itself.
 fn as_on_6_1(call: &Call) -> Action {
     match as_on_6_6(call) {
         Action::Fail(Errno::EBADF) => Action::Fail(Errno::EOPNOTSUPP),

@@ -1,7 +1,7 @@
-//! Finds which file imports which, from the `mod` and `use` items and the paths in the code.
+//! Finds the imports between files, from the `mod` and `use` items and the paths in the code.
 //!
-//! A path counts for the file that defines the item, because re-exports are followed. A file that has
-//! only `mod` and `pub use` items imports nothing. Items of `#[cfg(test)]` are left out.
+//! A path counts for the file that defines the item, because the reader follows re-exports. A file that
+//! has only `mod` and `pub use` items imports nothing. The reader skips items of `#[cfg(test)]`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,10 +10,10 @@ use super::source::{Kind, Token, code};
 /// Path and content of each source file.
 pub type Sources = BTreeMap<String, String>;
 
-/// The imports of each file, each with the place of the first one: file and line.
+/// The imported files of each file. Each has the place of its first import, a file and a line.
 pub type Imports = BTreeMap<String, BTreeMap<String, String>>;
 
-/// What is wrong with the files of a project.
+/// The imports and the problems of the files of a project.
 #[derive(Debug, Default)]
 pub struct Findings {
     pub imports: Imports,
@@ -47,7 +47,7 @@ pub fn read(sources: &Sources) -> Findings {
     findings
 }
 
-/// A crate's first file, as cargo finds it.
+/// Returns whether the file is the first file of a crate, by the rules of cargo.
 fn is_root(path: &str) -> bool {
     let (directory, name) = path.rsplit_once('/').unwrap_or(("", path));
     let of_directory = directory.rsplit('/').next().unwrap_or_default();
@@ -59,7 +59,7 @@ fn directory(path: &str) -> &str {
     path.rsplit_once('/').map_or("", |(directory, _)| directory)
 }
 
-/// A circle of files that import each other, one a line.
+/// Returns a circle of files that import each other, with one import per line.
 pub fn circle(imports: &Imports) -> Option<String> {
     fn visit<'a>(
         imports: &'a Imports,
@@ -89,8 +89,8 @@ pub fn circle(imports: &Imports) -> Option<String> {
     imports.keys().find_map(|file| visit(imports, file, &mut Vec::new(), &mut done))
 }
 
-/// The imports between neighbours: files and folders of one folder. A folder imports what its files
-/// import, and a file without its `.rs` is one with the folder of that name.
+/// Returns the imports between neighbours, which are files and folders of one folder. A folder has the
+/// imports of its files. A file counts as part of the folder that has its name without `.rs`.
 pub fn between_neighbours(imports: &Imports) -> Imports {
     let mut found = Imports::new();
     for (file, imported) in imports {
@@ -98,7 +98,7 @@ pub fn between_neighbours(imports: &Imports) -> Imports {
             let parts: Vec<_> = file.trim_end_matches(".rs").split('/').collect();
             let other_parts: Vec<_> = other.trim_end_matches(".rs").split('/').collect();
             let same = parts.iter().zip(&other_parts).take_while(|(one, two)| one == two).count();
-            // `a.rs` and `a/b.rs`
+            // The file `a.rs` and the file `a/b.rs` count as one.
             if same < parts.len().min(other_parts.len()) {
                 let [from, to] = [parts, other_parts].map(|parts| parts[..=same].join("/"));
                 found.entry(from).or_default().entry(to).or_insert_with(|| place.clone());
@@ -108,8 +108,8 @@ pub fn between_neighbours(imports: &Imports) -> Imports {
     found
 }
 
-/// Imports, in `directory`, of what comes later in `order`; and what `order` does not name. Below
-/// `directory`, a folder and a file without its `.rs` are alike.
+/// Returns the imports of later stages by earlier stages in `directory`, and the stages that `order`
+/// does not name. A stage is a folder, or a file without its `.rs`.
 pub fn out_of_order(imports: &Imports, directory: &str, order: &[&str]) -> Vec<String> {
     let stage = |file: &str| -> Option<String> {
         let below = file.strip_prefix(directory)?;
@@ -138,11 +138,11 @@ struct Module {
     file: String,
     parent: Option<usize>,
     children: BTreeMap<String, usize>,
-    /// Each name that a `use` item brings, and the path that it stands for.
+    /// The imported names of `use` items, each with the path of the item.
     aliases: BTreeMap<String, Vec<String>>,
-    /// Paths whose every item is imported.
+    /// The paths of glob imports.
     globs: Vec<Vec<String>>,
-    /// Names of items that are defined here.
+    /// The names of the items that the module defines.
     items: BTreeSet<String>,
     uses: Vec<Use>,
     /// Paths in the code.
@@ -154,14 +154,15 @@ struct Module {
 #[derive(Debug)]
 struct Use {
     path: Vec<String>,
-    /// `None`: a glob.
+    /// `None` for a glob.
     name: Option<String>,
     is_public: bool,
     line: usize,
 }
 
 impl Module {
-    /// A re-export counts only if the code of this module uses the name too.
+    /// Returns the imported paths, each with its line. A re-export counts only if the code of the
+    /// module uses the name too.
     fn imported_paths(&self) -> impl Iterator<Item = (&[String], usize)> {
         let uses = self.uses.iter().filter(|item| {
             !item.is_public || item.name.as_ref().is_some_and(|name| self.names.contains(name))
@@ -171,9 +172,9 @@ impl Module {
     }
 }
 
-/// The module that defines what a path leads to; `None`: another crate does.
+/// Returns the module that defines the item of a path, or `None` if another crate defines the item.
 fn resolve(modules: &[Module], start: usize, path: &[String], depth: usize) -> Option<usize> {
-    // Names that are defined by each other.
+    // Two `use` items can define each other.
     if depth > 20 {
         return None;
     }
@@ -195,7 +196,7 @@ fn resolve(modules: &[Module], start: usize, path: &[String], depth: usize) -> O
     Some(module)
 }
 
-/// What `name`, and `rest` below it, is in a module.
+/// Returns the module that defines the item `name`, or `rest` below `name`, as seen from a module.
 fn named(
     modules: &[Module],
     module: usize,
@@ -212,7 +213,7 @@ fn named(
         return Some(module);
     }
     if let Some(path) = aliases.get(name) {
-        // `use name::…` of a crate of this name is not a path of its own.
+        // A `use` item like `use name::name` refers to the crate `name`, not to its own path.
         if path[0] == name {
             return None;
         }
@@ -240,7 +241,8 @@ struct Tree<'a> {
 }
 
 impl Tree<'_> {
-    /// Adds the module of a file, whose children's files are in `below`. Returns its number.
+    /// Adds the module of a file. The files of its children are in `below`. Returns the number of the
+    /// module.
     fn add_file(&mut self, file: &str, parent: usize, below: String) -> usize {
         self.seen.insert(file.to_owned());
         let tokens = code(&self.sources[file]);
@@ -321,7 +323,7 @@ impl Tree<'_> {
             }
             is_public = false;
         }
-        // Only now are all names known that a path can begin with.
+        // Only after the last item, the reader knows all names that a path can begin with.
         let Module { children, aliases, paths, .. } = &mut self.modules[module];
         paths.retain(|(path, _)| {
             ["crate", "self", "super"].contains(&path[0].as_str())
@@ -330,7 +332,7 @@ impl Tree<'_> {
         });
     }
 
-    /// `mod name;` or `mod name { … }`. Returns where it ends.
+    /// Reads `mod name;` or `mod name { … }`. Returns the position after the item.
     fn read_mod(
         &mut self,
         tokens: &[Token],
@@ -368,7 +370,7 @@ impl Tree<'_> {
         paths.into_iter().find(|path| self.sources.contains_key(path))
     }
 
-    /// A file of tests alone belongs to the crate too, whatever it imports.
+    /// Marks a file that has only tests as part of the crate, without reading the imports of the file.
     fn skip_tests(&mut self, tokens: &[Token], below: &str) {
         if let [first, name, end] = tokens
             && first.is_name("mod")
@@ -380,7 +382,7 @@ impl Tree<'_> {
     }
 
     fn read_use(&mut self, tokens: &[Token], module: usize, is_public: bool, line: usize) {
-        // `use ::name::…` is of another crate.
+        // `use ::name::…` imports from another crate.
         if tokens.first().is_some_and(|first| first.is_sign("::")) {
             return;
         }
@@ -396,7 +398,7 @@ impl Tree<'_> {
         }
     }
 
-    /// A name, or names with `::` between. Returns where it ends.
+    /// Reads a name, or several names joined by `::`. Returns the position after the last name.
     fn read_path(&mut self, tokens: &[Token], at: usize, module: usize) -> usize {
         let mut path = vec![tokens[at].text.clone()];
         let mut end = at + 1;
@@ -418,7 +420,7 @@ impl Tree<'_> {
     }
 }
 
-/// Not `use<…>`, which captures lifetimes.
+/// Returns whether `use` starts an item. `use<…>` captures lifetimes.
 fn is_item_start(tokens: &[Token], at: usize) -> bool {
     !tokens.get(at + 1).is_some_and(|next| next.is_sign("<"))
 }
@@ -431,7 +433,7 @@ fn attribute_end(tokens: &[Token], at: usize) -> usize {
     }
 }
 
-/// Behind the bracket that closes the one at `at`.
+/// Returns the position after the bracket that closes the bracket at `at`.
 fn group_end(tokens: &[Token], at: usize) -> usize {
     let mut depth = 0;
     for (number, token) in tokens.iter().enumerate().skip(at).filter(|(_, t)| t.kind == Kind::Sign)
@@ -448,7 +450,7 @@ fn group_end(tokens: &[Token], at: usize) -> usize {
     tokens.len()
 }
 
-/// Behind an item: its semicolon, or its body.
+/// Returns the position after the semicolon or the body of an item.
 fn item_end(tokens: &[Token], mut at: usize) -> usize {
     while at < tokens.len() {
         match tokens[at].text.as_str() {
@@ -461,7 +463,7 @@ fn item_end(tokens: &[Token], mut at: usize) -> usize {
     at
 }
 
-/// Lists the paths of a `use` item, each with the name that it brings, or `None` for a glob.
+/// Lists the paths of a `use` item, each with the imported name, or `None` for a glob.
 fn flatten(tokens: &[Token], before: &[String], found: &mut Vec<(Vec<String>, Option<String>)>) {
     let mut path = before.to_vec();
     let mut at = 0;

@@ -1,5 +1,5 @@
-//! Checks the project's own rules: imports form no circle, `unsafe` stays in its crates, the English
-//! is plain, and no file names a directory of a developer's machine.
+//! Checks the project's own rules: imports form no circle, `unsafe` stays in its crates, the English is
+//! plain, and no file names a directory of a developer's machine.
 
 mod imports;
 mod prose;
@@ -12,7 +12,7 @@ use std::path::Path;
 use imports::Sources;
 use prose::Language;
 
-/// The stages of src/. Each imports only stages before it. A name is a folder or a file.
+/// The stages of src/. Each stage imports only earlier stages. A stage is a folder or a file.
 const STAGES: [&str; 16] = [
     "util", "kernel", "location", "digest", "image", "source", "erofs", "overlay", "attach",
     "options", "error", "event", "mount", "fuzzing", "lib", "bin",
@@ -22,15 +22,19 @@ const STAGES: [&str; 16] = [
 const UNSAFE: [&str; 2] = ["sys/", "capi/"];
 
 /// Files that may keep a phrase of [`prose::PHRASES`]: file, phrase, reason.
-const EXCEPTIONS: [(&str, &str, &str); 0] = [];
+const EXCEPTIONS: [(&str, &str, &str); 3] = [
+    ("CHANGELOG.md", "rung", "the table of renamed types"),
+    ("CONTRIBUTING.md", "ladder", "the table of words to avoid"),
+    ("CONTRIBUTING.md", "rung", "the table of words to avoid"),
+];
 
-/// This file lists the phrases.
-const PHRASES_AS_DATA: &str = "tests/house/prose.rs";
+/// The files that list phrases.
+const PHRASES_AS_DATA: [&str; 2] = ["tests/house/main.rs", "tests/house/prose.rs"];
 
-/// Directories of a developer's machine. Written so that this file does not contain them.
+/// Directories of a developer's machine, written in parts so that this file passes the test.
 const MACHINE_PATHS: [&str; 2] = [concat!("/wo", "rk/"), concat!("/ro", "ot/")];
 
-/// Directories that git ignores, and inputs for the fuzzers and the tests.
+/// Directories that git ignores, and inputs of the fuzzers and the tests.
 const SKIPPED: [&str; 8] = [
     ".git",
     "target",
@@ -98,7 +102,6 @@ fn imports_form_no_circle() {
 }
 
 #[test]
-#[ignore = "src/ is being sorted into folders"]
 fn imports_in_src_form_no_circle() {
     let mut sources = rust_files();
     sources.retain(|path, _| is_in_src(path));
@@ -106,7 +109,6 @@ fn imports_in_src_form_no_circle() {
 }
 
 #[test]
-#[ignore = "src/ is being sorted into folders"]
 fn stages_import_only_earlier_stages() {
     let mut sources = rust_files();
     sources.retain(|path, _| is_in_src(path));
@@ -132,11 +134,11 @@ fn unsafe_is_found_in_code_alone() {
 }
 
 #[test]
-#[ignore = "the text is being rewritten"]
 fn english_is_plain() {
     let mut used = BTreeSet::new();
     let mut problems = Vec::new();
-    for (path, text) in files().iter().filter(|(path, _)| *path != PHRASES_AS_DATA) {
+    for (path, text) in files().iter().filter(|(path, _)| !PHRASES_AS_DATA.contains(&path.as_str()))
+    {
         let Some(language) = Language::of(path) else { continue };
         for found in prose::phrases(text, language) {
             let is_this = |(file, phrase, _): &(&str, &str, &str)| {
@@ -154,7 +156,6 @@ fn english_is_plain() {
 }
 
 #[test]
-#[ignore = "the text is being rewritten"]
 fn names_of_tests_are_short() {
     assert_none(rust_files().iter().flat_map(|(path, text)| {
         let found = prose::long_test_names(text).into_iter();
@@ -172,7 +173,7 @@ fn paths_of_a_machine_are_not_in_files() {
 fn machine_paths(text: &str) -> impl Iterator<Item = usize> {
     let has_path = |line: &str| {
         MACHINE_PATHS.iter().any(|path| {
-            // Not below another directory.
+            // The path is not part of a longer path.
             let is_absolute = |at: usize| {
                 !line[..at].ends_with(|c: char| c.is_alphanumeric() || "}).-_~*".contains(c))
             };

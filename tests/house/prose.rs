@@ -1,14 +1,20 @@
-//! Finds phrases that do not say who acts or which thing is meant, and test names that are too long.
+//! Finds phrases without an actor or without a noun, and test names that are too long.
 
 use super::source::{Kind, code, tokens};
 
-/// To be replaced with the actor, the noun, or a plain negation.
-pub const PHRASES: [&str; 11] = [
+/// The banned phrases. Replace a phrase with the actor, the noun, or a plain negation.
+pub const PHRASES: [&str; 17] = [
     "all that",
     "are none",
+    "are told",
     "is asked for",
     "is none",
+    "is told",
+    "ladder",
+    "ladders",
     "nobody",
+    "rung",
+    "rungs",
     "somebody",
     "such a one",
     "that of",
@@ -17,17 +23,17 @@ pub const PHRASES: [&str; 11] = [
     "whoever",
 ];
 
-/// In bytes.
+/// The maximum length of a test name, in bytes.
 const TEST_NAME_MAX: usize = 50;
 
-/// Says which parts of a file are English.
+/// The parts of a file that are English.
 #[derive(Clone, Copy, Debug)]
 pub enum Language {
     /// The comments and the strings.
     Rust,
     /// Everything.
     Markdown,
-    /// Everything but the escapes.
+    /// Everything except the escapes.
     Manual,
 }
 
@@ -60,7 +66,7 @@ pub fn phrases(text: &str, language: Language) -> Vec<Found> {
 fn in_rust(source: &str) -> Vec<Found> {
     let tokens = tokens(source);
     let mut found = Vec::new();
-    // The lines of a comment are one text.
+    // A phrase can span the lines of a comment.
     let is_comment = |kind: &Kind| *kind == Kind::Comment;
     for group in tokens.chunk_by(|one, next| is_comment(&one.kind) && is_comment(&next.kind)) {
         let mut all = Vec::new();
@@ -81,7 +87,7 @@ fn in_rust(source: &str) -> Vec<Found> {
 struct Word {
     text: String,
     line: usize,
-    /// Nothing but white space is before it.
+    /// Whether only white space lies between the previous word and the word.
     follows: bool,
 }
 
@@ -100,7 +106,7 @@ fn words(text: &str, first_line: usize) -> Vec<Word> {
             }
             follows &= part[word.len()..].chars().all(char::is_whitespace);
         }
-        // A new line is white space too, except behind a sign.
+        // A new line counts as white space, except after a sign.
         if !follows {
             words.push(Word { text: String::new(), line: first_line + number, follows });
         }
@@ -126,7 +132,7 @@ fn in_words(words: &[Word]) -> Vec<Found> {
     found
 }
 
-/// Replaces each escape with a sign, and the backslash at the end of a line with nothing.
+/// Replaces each escape with a sign, and removes the backslash at the end of a line.
 fn without_string_escapes(text: &str) -> String {
     let mut plain = String::new();
     let mut characters = text.chars();
@@ -148,7 +154,7 @@ fn without_escapes(manual: &str) -> String {
         .iter()
         .fold(manual.replace("\\-", "-"), |text, font| text.replace(font, ""));
     let without_macro = |line: &str| match line.strip_prefix('.') {
-        // A font of the whole line.
+        // The macro sets the font of the whole line.
         Some(rest) if rest.starts_with("B ") || rest.starts_with("I ") => rest[2..].to_owned(),
         Some(rest) => match rest.split_once(' ') {
             Some((_, rest)) => format!(". {rest} ."),

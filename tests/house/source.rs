@@ -1,10 +1,10 @@
-//! Splits Rust source text into tokens. Comments and strings are tokens too, since the rules about
+//! Splits Rust source text into tokens. Comments and strings are tokens too, because the rules about
 //! English apply to both.
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {
     Name,
-    /// One character, but for `::`.
+    /// One character, or `::`.
     Sign,
     Comment,
     Text,
@@ -36,7 +36,7 @@ pub fn tokens(source: &str) -> Vec<Token> {
     lexer.tokens
 }
 
-/// The tokens that the compiler sees.
+/// Returns the tokens that the compiler sees.
 pub fn code(source: &str) -> Vec<Token> {
     tokens(source).into_iter().filter(|token| token.kind != Kind::Comment).collect()
 }
@@ -48,7 +48,7 @@ struct Lexer<'a> {
 }
 
 impl Lexer<'_> {
-    /// Adds a token of the first `length` bytes, of which `inner` are its text.
+    /// Adds a token of the first `length` bytes. The range `inner` is the text of the token.
     fn push(&mut self, kind: Kind, length: usize, inner: std::ops::Range<usize>) {
         let text = self.rest[inner].to_owned();
         self.tokens.push(Token { kind, text, line: self.line });
@@ -60,7 +60,7 @@ impl Lexer<'_> {
         self.rest = &self.rest[length..];
     }
 
-    /// Returns whether there was anything left.
+    /// Reads the next token or white space. Returns whether any text was left.
     fn step(&mut self) -> bool {
         let rest = self.rest;
         let Some(first) = rest.chars().next() else { return false };
@@ -79,7 +79,7 @@ impl Lexer<'_> {
             let length = character_or_lifetime(rest);
             self.push(Kind::Other, length, 0..length);
         } else if first.is_alphabetic() || first == '_' {
-            // `r#type` is the name `type`.
+            // The raw name `r#type` means the name `type`.
             let start = rest.len() - rest.strip_prefix("r#").unwrap_or(rest).len();
             let length = start + word(&rest[start..]);
             self.push(Kind::Name, length, start..length);
@@ -118,7 +118,7 @@ fn block_comment(text: &str) -> usize {
     at
 }
 
-/// The length of a string literal, and which part is between the quotes.
+/// Returns the length of a string literal, and the range between the quotes.
 fn string(text: &str) -> Option<(usize, std::ops::Range<usize>)> {
     let prefix = ["br", "cr", "r", "b", "c"]
         .into_iter()

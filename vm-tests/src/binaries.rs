@@ -1,4 +1,4 @@
-//! Static executables of this workspace, for machines that have no libraries.
+//! Builds static executables of this workspace for machines, which have no libraries.
 
 use crate::files::copy;
 use crate::programs::output;
@@ -11,7 +11,7 @@ use std::sync::Mutex;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Static executables, each built when first asked for.
+/// Static executables of this workspace. [`Binaries::get`] builds each one on its first call.
 #[derive(Debug)]
 pub struct Binaries {
     target_dir: PathBuf,
@@ -19,14 +19,14 @@ pub struct Binaries {
 }
 
 impl Binaries {
-    /// Uses this directory for the builds.
+    /// Returns an empty collection that builds in `target_dir`.
     pub fn new(target_dir: PathBuf) -> Binaries {
         Binaries { target_dir, built: Mutex::default() }
     }
 
     /// Returns the path of an executable of a package of this workspace.
     pub fn get(&self, package: &str, name: &str) -> Result<PathBuf, Error> {
-        let mut built = self.built.lock().expect("no build panics");
+        let mut built = self.built.lock().expect("no build panics while it holds the lock");
         let key = (package.to_owned(), name.to_owned());
         if !built.contains_key(&key) {
             let path = build(package, name, &self.target_dir)?;
@@ -35,7 +35,7 @@ impl Binaries {
         Ok(built[&key].clone())
     }
 
-    /// Copies an executable to where a machine is to find it.
+    /// Copies an executable to a path in the files of a machine.
     pub fn install(&self, package: &str, name: &str, to: &Path) -> Result<(), Error> {
         copy(&self.get(package, name)?, to)
     }
@@ -43,15 +43,21 @@ impl Binaries {
 
 fn build(package: &str, name: &str, target_dir: &Path) -> Result<PathBuf, Error> {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    if package == "sealmount" {
+        // The feature includes all decoders, as in the installed mount helper.
+        cargo.args(["build", "--features", "helper"]);
+    } else {
+        cargo.arg("build");
+    }
     cargo
-        .args(["build", "--quiet", "--release", "--locked", "--target", TARGET])
+        .args(["--quiet", "--release", "--locked", "--target", TARGET])
         .args(["--package", package, "--bin", name, "--target-dir"])
         .arg(target_dir)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
-        // It overrides all other ways to set flags: whatever the tests are built with (coverage, say)
-        // does not belong in a machine.
+        // This variable overrides all other compiler flags. The flags of the tests, such as coverage
+        // flags, must not reach a machine.
         .env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static")
-        // So that these builds do not differ from one test run to the next and stay cached.
+        // A change of RUSTFLAGS between two test runs would discard the cached build.
         .env_remove("RUSTFLAGS");
     output(&mut cargo)
         .map_err(with_hint)
@@ -59,7 +65,7 @@ fn build(package: &str, name: &str, target_dir: &Path) -> Result<PathBuf, Error>
     Ok(target_dir.join(TARGET).join("release").join(name))
 }
 
-/// What to install, if that is what is wrong.
+/// Adds the package to install if the linker did not find a static library.
 fn with_hint(error: Error) -> Error {
     let message = error.to_string();
     match message.contains("cannot find -l") || message.contains("unable to find library -l") {
@@ -78,7 +84,7 @@ mod tests {
     use crate::programs::command;
 
     #[test]
-    fn a_missing_library_is_to_be_installed() {
+    fn missing_library_reports_package_to_install() {
         let missing = output(command("cc").args(["-static", "-lno-such-library"])).unwrap_err();
         let message = with_hint(missing).to_string();
         assert!(message.contains("libc6-dev"), "{message}");

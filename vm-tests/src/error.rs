@@ -1,9 +1,9 @@
 //! The error type, and a trait that adds the failed operation to an error.
 
-/// What went wrong, in words: nothing here is handled by kind, only shown.
+/// The error type of this crate. The callers only print errors, so no error has a kind.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// Says what was being done when something went wrong.
+/// Adds the failed operation to an error.
 pub trait Context<T> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T, Error>;
 }

@@ -1,4 +1,4 @@
-//! Reading and copying files, with errors that name them.
+//! Reads and copies files, with errors that name the path.
 
 use crate::{Context, Error};
 use std::fs;
@@ -8,7 +8,7 @@ pub fn read(path: &str) -> Result<String, Error> {
     fs::read_to_string(path).context(|| format!("cannot read {path}"))
 }
 
-/// Copies a file, with its mode, and makes the directories above it.
+/// Copies a file with its mode, and creates the missing parent directories.
 pub fn copy(from: &Path, to: &Path) -> Result<(), Error> {
     let what = || format!("cannot copy {} to {}", from.display(), to.display());
     fs::create_dir_all(to.parent().unwrap_or(to)).context(what)?;
@@ -16,7 +16,7 @@ pub fn copy(from: &Path, to: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Copies a directory's files and directories, recursively.
+/// Copies the files and directories in a directory, recursively.
 pub fn copy_tree(from: &Path, to: &Path) -> Result<(), Error> {
     fs::create_dir_all(to).context(|| format!("cannot make {}", to.display()))?;
     for entry in fs::read_dir(from).context(|| format!("cannot list {}", from.display()))? {

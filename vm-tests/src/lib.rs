@@ -1,22 +1,23 @@
-//! Runs scenarios on other kernels than the running one, in virtual machines.
+//! Runs scenarios in virtual machines, on kernels other than the running one.
 //!
-//! A *scenario* is a function that runs inside a machine, as root, in a process and a mount
-//! namespace of its own; see [`guest`] for the list and for what a scenario is given. A *machine*
-//! says what it runs in: modules, files, disks, kernel command line. Scenarios of one machine share
-//! its boot. [`scenario`] and [`machine`] describe both, for host and guest alike.
+//! A *scenario* is a function that runs inside a machine, as root, in its own process and mount
+//! namespace. [`guest`] lists the scenarios. A *machine* describes the environment of scenarios:
+//! modules, files, disks and kernel command line. All scenarios of one machine share one boot.
+//! [`scenario`] and [`machine`] define both for host and guest.
 //!
-//! The *host* side ([`host`]) fetches kernels, packs an initramfs around the static `vm-init`, boots
-//! it with QEMU and tells it, scenario by scenario, what to run; `protocol` is the language the two
-//! speak, over a serial port of its own so that kernel messages cannot mix with it.
+//! The *host* side ([`host`]) fetches kernels and packs an initramfs with the static `vm-init`. Then
+//! the host boots the initramfs in QEMU and requests one scenario after another. Host and guest
+//! exchange the frames of `protocol` over a separate serial port, so kernel messages cannot mix with
+//! frames.
 //!
 //! Each line imports only lines above it:
 //!
 //! ```text
-//! error, files             errors in words; reading and copying files
-//! protocol, first_stage    what host and guest agree on
-//! programs, binaries       the programs that the host runs, and those that it builds
+//! error, files             the error type; reading and copying files
+//! protocol, first_stage    the frames and paths that host and guest share
+//! programs, binaries       the programs that the host runs and builds
 //! machine                  a kind of virtual machine: plain data
-//! scenario                 a test, and what it is given
+//! scenario                 a test, and its view of the machine
 //! host/                    fetches kernels, boots machines, collects verdicts
 //! guest/                   the scenarios, and process 1
 //! ```
@@ -26,23 +27,26 @@
 //! cargo test -p vm-tests --test vm -- 6.12::boots
 //! ```
 //!
-//! | environment variable | what it does |
+//! | environment variable | effect |
 //! |---|---|
-//! | `SEALMOUNT_VM_KERNELS=DIR[:DIR…]` | these kernels only, nothing is fetched; each directory holds a `vmlinuz*` or `bzImage` (also in `boot/`, as in an unpacked package) and, if it has modules, `lib/modules/RELEASE` |
-//! | `SEALMOUNT_VM_SERIES=6.1,7.3` | which series of Debian's kernels to fetch and run |
-//! | `SEALMOUNT_VM_JOBS=N` | machines to run at a time |
-//! | `SEALMOUNT_TESTS=quick` | on the oldest and the newest kernel, the scenarios of [`Tier::Quick`](scenario::Tier::Quick) |
-//! | `SEALMOUNT_TESTS=rest` | all tests that `quick` leaves out |
-//! | `SEALMOUNT_TESTS=all` | all tests, the default |
+//! | `SEALMOUNT_VM_KERNELS=DIR[:DIR…]` | runs the kernels in these directories and fetches no kernel. Each directory holds a `vmlinuz*` or `bzImage`, also in `boot/`, and modules, if any, in `lib/modules/RELEASE` |
+//! | `SEALMOUNT_VM_SERIES=6.1,7.3` | the series of Debian's kernels to fetch and run |
+//! | `SEALMOUNT_VM_JOBS=N` | number of machines to run at the same time |
+//! | `SEALMOUNT_TESTS=quick` | runs the scenarios of [`Tier::Quick`](machine::Tier::Quick) on the first and the last kernel |
+//! | `SEALMOUNT_TESTS=rest` | runs all tests that are not in `quick` |
+//! | `SEALMOUNT_TESTS=all` | runs all tests (default) |
 //!
-//! How long all of it took is said at the end. All scenarios on all four kernels, emulated, are to
-//! take no more than 10 minutes on two processors that have nothing else to do. Measured: 374 s, when
-//! there were 160 tests; 778 s with 184 tests, beside compilers and other machines (a load of 10).
+//! The last line of the output reports the duration of the run. There are 228 tests: every scenario on
+//! each of four kernels. Under emulation, on two idle CPUs, all tests must finish within 10 minutes.
 //!
-//! Kernels are fetched once, to `target/vm/kernels/SERIES`; delete that to get newer ones.
-//! `target/vm/log` keeps the console of the last boot of each machine and, as `*.hung.console` or
-//! `*.killed.console`, of the last one that hung, or whose QEMU died by a signal, before it was ready
-//! and was started again. `install-deps` installs the programs that the host side calls.
+//! The host fetches each kernel once, to `target/vm/kernels/SERIES`. Delete that directory to fetch
+//! newer kernels. `install-deps` installs the programs that the host needs.
+//!
+//! `target/vm/log` keeps the consoles:
+//!
+//! - `*.console`: the last boot of each machine.
+//! - `*.hung.console`: the last machine that hung before vm-init was ready.
+//! - `*.killed.console`: the last machine whose QEMU died of a signal before vm-init was ready.
 #![forbid(unsafe_code)]
 
 mod binaries;

@@ -1,50 +1,52 @@
-//! The kinds of virtual machines: plain data that host and guest share.
+//! Describes the kinds of virtual machines, as plain data that host and guest share.
 
 use crate::Error;
 use crate::binaries::Binaries;
 use std::path::Path;
 use std::time::Duration;
 
-/// Fills a directory of the host that becomes the content of an initramfs or a disk.
+/// Fills a directory on the host, which becomes the content of an initramfs or a disk.
 pub type Fill = fn(&Binaries, &Path) -> Result<(), Error>;
 
-/// A kind of virtual machine. All scenarios with the same machine share one boot of it.
+/// A kind of virtual machine. All scenarios of one machine share one boot.
 #[derive(Debug)]
 pub struct Machine {
-    /// Machines are told apart by it.
+    /// Identifies the machine.
     pub name: &'static str,
     pub memory_mib: u32,
-    /// Loaded before the first scenario, with what they need. One that the kernel lacks is left out.
+    /// The modules that vm-init loads before the first scenario. The host adds their dependencies, and
+    /// leaves out modules that the kernel lacks.
     pub modules: &'static [&'static str],
-    /// What the initramfs has besides `/init` and the modules.
+    /// Adds files to the initramfs, besides `/init` and the modules.
     pub files: Fill,
     pub disks: &'static [Disk],
-    /// Words to add to the kernel's command line.
+    /// Returns words to add to the kernel command line.
     pub command_line: fn(&Binaries) -> Result<String, Error>,
-    /// A program in the initramfs that takes over as process 1 once the modules are loaded. It must
-    /// end up executing `vm-init`, which then runs the scenarios wherever it finds itself.
+    /// A program in the initramfs that replaces vm-init as process 1 after the modules are loaded. The
+    /// program must finally execute `vm-init`, which then runs the scenarios in the current root.
     pub takes_over: Option<&'static str>,
-    /// From starting QEMU to the first word of vm-init. Emulated on an idle machine: a few seconds.
+    /// The time from the start of QEMU to the first frame of vm-init. An idle host needs a few seconds
+    /// under emulation.
     pub boot_limit: Duration,
-    /// From the last result to the end of QEMU. Usually a moment.
+    /// The time from the last result to the end of QEMU. QEMU usually ends at once.
     pub off_limit: Duration,
-    /// A scenario that takes long needs a machine of [`Tier::Ci`].
+    /// The commands that boot this machine. A long scenario needs a machine of [`Tier::Ci`].
     pub tier: Tier,
 }
 
-/// The commands that boot a machine. SEALMOUNT_TESTS selects scenarios by it.
+/// The commands that boot a machine. SEALMOUNT_TESTS selects scenarios by the tier of their machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tier {
     /// `tests/run` boots the machine on the oldest and the newest kernel, `tests/run ci` on every
     /// kernel.
     Quick,
-    /// Only `tests/run ci` boots the machine: it has a scenario that takes more than half a minute
-    /// under emulation.
+    /// Only `tests/run ci` boots the machine, because it has a scenario that needs more than 30 s under
+    /// emulation.
     Ci,
 }
 
 impl Machine {
-    /// No modules, no disks. To be varied: `Machine { name: "…", ..Machine::BARE }`.
+    /// A machine without modules and disks, as the base of other machines.
     pub const BARE: Machine = Machine {
         name: "bare",
         memory_mib: 512,
@@ -59,10 +61,11 @@ impl Machine {
     };
 }
 
-/// A virtual disk. Every boot gets it as it was built; what the guest writes is thrown away.
+/// A virtual disk. Every boot starts with the content that the host built. QEMU discards the writes of
+/// the guest.
 #[derive(Debug)]
 pub struct Disk {
-    /// How the guest finds it, with `Guest::disk`. At most 20 bytes: it is the disk's serial number.
+    /// The name by which `Guest::disk` finds the disk: its serial number, at most 20 bytes.
     pub name: &'static str,
     pub format: Format,
     pub size_mib: u64,
@@ -72,10 +75,10 @@ pub struct Disk {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     Ext4,
-    /// With the feature that fs-verity needs. Enabling it on files is left to the guest.
+    /// ext4 with the feature that fs-verity needs. The guest enables fs-verity on files.
     Ext4Verity,
     Btrfs,
     Fat,
-    /// Zeros; `fill` is not called.
+    /// A disk of zeros. The host does not call `fill`.
     Blank,
 }

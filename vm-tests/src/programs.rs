@@ -1,12 +1,12 @@
-//! The programs that are called, and how to get those that are missing.
+//! Finds and runs the programs that the host needs, and names the packages of missing programs.
 
 use crate::{Context, Error};
 use std::env;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-/// Each with the Debian package that has it. What only fetching kernels needs is among them: a list
-/// that depends on settings would surprise later.
+/// The needed programs, each with its Debian package. The list does not depend on settings, so no later
+/// run can miss a program.
 const NEEDED: &[(&str, &str)] = &[
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("mkfs.ext4", "e2fsprogs"),
@@ -23,7 +23,7 @@ const NEEDED: &[(&str, &str)] = &[
 pub const NEEDED_TO_FETCH: &[(&str, &str)] =
     &[("apt-get", "apt"), ("apt-cache", "apt"), ("dpkg-deb", "dpkg")];
 
-/// Fails with the names of all that are missing.
+/// Fails with the names of the missing programs.
 pub fn check() -> Result<(), Error> {
     check_these(NEEDED)
 }
@@ -45,7 +45,7 @@ pub fn check_these(needed: &[(&str, &str)]) -> Result<(), Error> {
     .into())
 }
 
-/// In PATH and in the directories of system programs, which are not in everyone's PATH.
+/// Searches PATH and the directories of system programs, which a PATH often lacks.
 fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -54,19 +54,19 @@ fn find(program: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// A command that finds system programs too.
+/// Returns a command for a program in PATH or in a directory of system programs.
 pub fn command(program: &str) -> Command {
     Command::new(find(program).unwrap_or_else(|| program.into()))
 }
 
-/// Runs a command to its end and gives its output; its errors are in the error.
+/// Runs a command and returns its standard output. An error contains the standard error output.
 pub fn output(command: &mut Command) -> Result<Vec<u8>, Error> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output =
         command.stdin(Stdio::null()).output().context(|| format!("cannot run {program}"))?;
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("{program} failed ({}): {}", output.status, said.trim()).into());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("{program} failed ({}): {}", output.status, stderr.trim()).into());
     }
     Ok(output.stdout)
 }
@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_that_is_missing_is_named_once() {
+    fn missing_programs_report_each_package_once() {
         let error = check_these(&[("sh", "dash"), ("no-such-a", "some"), ("no-such-b", "some")]);
         let message = error.unwrap_err().to_string();
         assert!(message.contains("no-such-a, no-such-b."), "{message}");

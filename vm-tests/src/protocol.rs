@@ -1,24 +1,25 @@
-//! What host and guest say to each other over the second serial port, one line a frame.
+//! The frames that host and guest exchange over the second serial port, one on each line.
 //!
-//! The port carries nothing else in a healthy machine. Still, a line counts only if it carries the
-//! boot's token and its own checksum, so that no fragment, echo or stray output passes for a result.
+//! On a healthy machine, the port carries only frames. The receiver still accepts only lines with the
+//! token of the boot and a correct checksum. So a fragment, an echo or stray output cannot pass for a
+//! result.
 
 use std::fmt::Write as _;
 
 /// The word of the kernel command line that gives the boot's token.
 pub const TOKEN: &str = "vm-tests.token";
 
-/// The guest's serial port that has nothing but frames. The console is the first one.
+/// The serial port of the guest for frames. The console uses the first serial port.
 pub const CHANNEL: &str = "/dev/ttyS1";
 
-/// Host to guest, and guest to host.
+/// A message from the host to the guest or from the guest to the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Frame {
-    /// Guest: modules are loaded, scenarios can run.
+    /// The guest loaded the modules and can run scenarios.
     Ready {
         release: String,
     },
-    /// Host: run this. Answered by `Passed` or `Failed`, of the same name.
+    /// The host requests a scenario. The guest answers with `Passed` or `Failed` for this scenario.
     Run {
         scenario: String,
     },
@@ -29,28 +30,28 @@ pub enum Frame {
         scenario: String,
         message: String,
     },
-    /// Guest: it can run nothing.
+    /// The guest cannot run scenarios.
     Unfit {
         message: String,
     },
-    /// Host: switch the machine off.
+    /// The host requests that the guest switch the machine off.
     Off,
 }
 
-/// Why a line is not a frame.
+/// The reason why a line is not a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NotAFrame {
-    /// It does not look like one.
+    /// The line does not start with the mark of a frame.
     Noise,
-    /// It looks like one, and is cut short, garbled or of another boot.
+    /// The line starts with the mark, but is truncated, garbled or from another boot.
     Damaged,
 }
 
-/// Every frame starts with it, on a line of its own.
+/// The start of every frame.
 const MARK: &str = "@vm-tests ";
 
 impl Frame {
-    /// The frame as a line. It starts with a newline too, to not be glued to an unfinished line.
+    /// Returns the frame as a line. The leading newline separates the frame from an unfinished line.
     pub fn encode(&self, token: &str) -> String {
         let (kind, fields): (&str, Vec<&str>) = match self {
             Frame::Ready { release } => ("ready", vec![release]),
@@ -68,7 +69,7 @@ impl Frame {
         format!("\n{line} {:016x}\n", checksum(line.as_bytes()))
     }
 
-    /// Reads a line, with or without its end.
+    /// Decodes a line, with or without its line end.
     pub fn decode(line: &[u8], token: &str) -> Result<Frame, NotAFrame> {
         let line = line.trim_ascii_end();
         if !line.starts_with(MARK.as_bytes()) {
@@ -101,13 +102,13 @@ impl Frame {
     }
 }
 
-/// Leaves only bytes that no terminal setting changes and that no field separator is made of.
+/// Writes only bytes that terminal settings do not change and that cannot be field separators.
 fn escape(text: &str, into: &mut String) {
     for byte in text.bytes() {
         match byte {
-            b'%' | b'@' => write!(into, "%{byte:02x}").expect("a String takes all"),
+            b'%' | b'@' => write!(into, "%{byte:02x}").expect("a String accepts all writes"),
             byte if byte.is_ascii_graphic() => into.push(byte.into()),
-            byte => write!(into, "%{byte:02x}").expect("a String takes all"),
+            byte => write!(into, "%{byte:02x}").expect("a String accepts all writes"),
         }
     }
 }
@@ -128,7 +129,7 @@ fn unescape(field: &str) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-/// FNV-1a. It guards against accidents, not against forgery.
+/// Computes FNV-1a, which detects accidental changes but not forgery.
 fn checksum(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, &byte| {
         (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
@@ -154,24 +155,24 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_encoded_is_decoded(frame in any_frame(), token in "[0-9a-f]{1,32}") {
+        fn frame_encoded_and_decoded_stays_equal(frame in any_frame(), token in "[0-9a-f]{1,32}") {
             let text = frame.encode(&token);
             let line = text.trim_matches('\n');
             prop_assert!(line.bytes().all(|byte| byte == b' ' || byte.is_ascii_graphic()));
             prop_assert_eq!(Frame::decode(line.as_bytes(), &token), Ok(frame.clone()));
-            // As a terminal in its usual mode sends it.
+            // A terminal in its usual mode sends the line with a carriage return.
             prop_assert_eq!(Frame::decode(format!("{line}\r\n").as_bytes(), &token), Ok(frame));
         }
 
         #[test]
-        fn a_cut_line_is_no_frame(frame in any_frame(), cut in any::<prop::sample::Index>()) {
+        fn truncated_line_is_rejected(frame in any_frame(), cut in any::<prop::sample::Index>()) {
             let text = frame.encode("token");
             let line = text.trim_matches('\n').as_bytes();
             prop_assert!(Frame::decode(&line[..cut.index(line.len())], "token").is_err());
         }
 
         #[test]
-        fn a_changed_byte_is_noticed(frame in any_frame(), at in any::<prop::sample::Index>(), bit in 0..8u8) {
+        fn line_with_changed_bit_is_rejected(frame in any_frame(), at in any::<prop::sample::Index>(), bit in 0..8u8) {
             let text = frame.encode("token");
             let mut line = text.trim_matches('\n').as_bytes().to_vec();
             let at = at.index(line.len());
@@ -180,7 +181,7 @@ mod tests {
         }
 
         #[test]
-        fn garbage_never_panics(garbage in any::<Vec<u8>>(), text in any::<String>()) {
+        fn arbitrary_line_never_panics(garbage in any::<Vec<u8>>(), text in any::<String>()) {
             let _ = Frame::decode(&garbage, "token");
             let _ = Frame::decode(format!("{MARK}{text}").as_bytes(), "token");
             let summed = format!("{MARK}token failed {text}");
@@ -189,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn another_boots_frame_is_damaged() {
+    fn frame_of_another_boot_is_rejected() {
         let text = Frame::Off.encode("one");
         assert_eq!(Frame::decode(text.trim().as_bytes(), "two"), Err(NotAFrame::Damaged));
         assert_eq!(

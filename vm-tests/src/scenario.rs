@@ -1,4 +1,4 @@
-//! A scenario, and the machine as the scenario sees it.
+//! A scenario, and its view of the machine.
 
 use crate::files::read;
 use crate::machine::{Format, Machine};
@@ -10,14 +10,15 @@ use std::time::Duration;
 
 /// A test that runs inside a virtual machine.
 ///
-/// It runs as root in a process and a mount namespace of its own, so its mounts, open files, working
-/// directory and panics end with it. What it does to disks and to the kernel stays until the machine
-/// is switched off: a scenario that would disturb others belongs in a machine of its own.
+/// A scenario runs as root in its own process and mount namespace, so its mounts, open files, working
+/// directory and panics end with it. Changes to disks and to the kernel stay until the machine is off.
+/// A scenario that would disturb other scenarios needs its own machine.
 #[derive(Debug)]
 pub struct Scenario {
     pub name: &'static str,
     pub machine: &'static Machine,
-    /// Generous: emulation is slow, and slower where others compile.
+    /// The limit of the run time. The default is generous, because emulation is slow, above all beside
+    /// compilers.
     pub time_limit: Duration,
     pub run: fn(&mut Guest) -> Result<(), Error>,
 }
@@ -26,25 +27,25 @@ impl Scenario {
     pub const TIME_LIMIT: Duration = Duration::from_secs(60);
 }
 
-/// What a scenario knows of the machine it runs in.
+/// The view that a scenario has of its machine.
 #[derive(Debug)]
 pub struct Guest {
     _private: (),
 }
 
 impl Guest {
-    /// Describes the machine that this process runs in.
+    /// Returns the machine of this process.
     pub(crate) fn here() -> Guest {
         Guest { _private: () }
     }
 
-    /// The running kernel's, as `uname -r`.
+    /// Returns the release of the running kernel, as `uname -r` prints it.
     pub fn kernel_release(&self) -> String {
         rustix::system::uname().release().to_string_lossy().into_owned()
     }
 
-    /// Whether the running kernel is this one or a later one: decides what is expected of it, and
-    /// never what is done.
+    /// Returns whether the running kernel has this version or a later one. A scenario may derive its
+    /// expectations from the version, but must not act on it.
     pub fn kernel_at_least(&self, major: u32, minor: u32) -> Result<bool, Error> {
         let release = self.kernel_release();
         let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
@@ -52,22 +53,25 @@ impl Guest {
             (Some(Ok(found_major)), Some(Ok(found_minor))) => {
                 Ok((found_major, found_minor) >= (major, minor))
             }
-            _ => Err(format!("a kernel release without two numbers: {release:?}").into()),
+            _ => {
+                Err(format!("the kernel release does not start with two numbers: {release:?}")
+                    .into())
+            }
         }
     }
 
-    /// The value of `KEY=VALUE` on the kernel's command line.
+    /// Returns the value of `KEY=VALUE` on the kernel command line.
     pub fn command_line(&self, key: &str) -> Option<String> {
         command_line(key).ok().flatten()
     }
 
-    /// Whether the kernel has a file system of this type, built in or loaded.
+    /// Returns whether the kernel supports a file system type, built in or from a loaded module.
     pub fn has_file_system(&self, name: &str) -> Result<bool, Error> {
         let list = read("/proc/filesystems")?;
         Ok(list.lines().any(|line| line.split_whitespace().next_back() == Some(name)))
     }
 
-    /// The block device of a disk of the machine, by its name.
+    /// Returns the block device of the disk with this name.
     pub fn disk(&self, name: &str) -> Result<PathBuf, Error> {
         let mut found = Vec::new();
         for entry in fs::read_dir("/sys/block").context(|| "cannot list /sys/block".into())? {
@@ -80,7 +84,7 @@ impl Guest {
             }
             found.push(serial.trim_end().to_owned());
         }
-        Err(format!("no disk {name:?}; there are {found:?}").into())
+        Err(format!("no disk {name:?}; the machine has the disks {found:?}").into())
     }
 
     /// Mounts a disk of the machine on a new directory below /mnt.
@@ -106,7 +110,7 @@ impl Guest {
     }
 }
 
-/// Returns the value of `KEY=VALUE` on the kernel's command line.
+/// Returns the value of `KEY=VALUE` on the kernel command line.
 pub(crate) fn command_line(key: &str) -> Result<Option<String>, Error> {
     let words = read("/proc/cmdline")?;
     Ok(words.split_whitespace().find_map(|word| {

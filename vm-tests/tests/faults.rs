@@ -1,4 +1,4 @@
-//! That what goes wrong in a machine is reported as what it is. Boots one kernel, several times.
+//! Checks that the harness reports each kind of failure in a machine. Boots one kernel several times.
 
 use std::collections::HashMap;
 use std::fs;
@@ -14,7 +14,7 @@ fn lab() -> Lab {
     Lab::new(Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap()).unwrap()
 }
 
-/// Runs all scenarios of a machine.
+/// Runs all scenarios of a machine and returns their verdicts.
 fn verdicts(lab: &Lab, machine: &str) -> HashMap<&'static str, Verdict> {
     let kernel = Wanted::from_environment()[0].get(lab).unwrap();
     let scenarios: Vec<&Scenario> =
@@ -22,101 +22,100 @@ fn verdicts(lab: &Lab, machine: &str) -> HashMap<&'static str, Verdict> {
     let mut verdicts = HashMap::new();
     qemu::run(lab, &kernel, scenarios[0].machine, &scenarios, |number, verdict| {
         let name = scenarios[number].name;
-        assert!(verdicts.insert(name, verdict).is_none(), "{name} has two verdicts");
+        assert!(verdicts.insert(name, verdict).is_none(), "the scenario {name} has two verdicts");
     });
     assert_eq!(verdicts.len(), scenarios.len());
     verdicts
 }
 
 #[track_caller]
-fn assert_says(verdicts: &HashMap<&str, Verdict>, scenario: &str, expected: &str) {
+fn assert_reports(verdicts: &HashMap<&str, Verdict>, scenario: &str, expected: &str) {
     let failure = verdicts[scenario].clone().unwrap_err();
     assert!(failure.message.contains(expected), "{scenario}: {failure:?}");
 }
 
 #[test]
-fn what_a_machine_survives_is_the_scenarios_own() {
+fn failed_scenario_leaves_machine_running() {
     let lab = lab();
     let verdicts = verdicts(&lab, "fault-survives");
-    assert_says(&verdicts, "fails", "a message\nof two lines, with \u{201c}quotes\u{201d}");
-    assert_says(&verdicts, "panics", "a panic of the scenario");
+    assert_reports(&verdicts, "fails", "a message\nof two lines, with \u{201c}quotes\u{201d}");
+    assert_reports(&verdicts, "panics", "a panic of the scenario");
     assert!(verdicts["panics"].clone().unwrap_err().log.contains("vm-init: scenario panics"));
-    assert_says(&verdicts, "exits", "ended without a result (exit status: 0)");
-    assert_says(&verdicts, "is_killed", "ended without a result (signal: 6");
-    assert_says(&verdicts, "sleeps", "still running after its time limit of 3s");
-    assert_says(&verdicts, "writes_on_the_channel", "the forged result did not count");
+    assert_reports(&verdicts, "exits", "ended without a result (exit status: 0)");
+    assert_reports(&verdicts, "is_killed", "ended without a result (signal: 6");
+    assert_reports(&verdicts, "sleeps", "exceeded its time limit of 3s");
+    assert_reports(&verdicts, "writes_on_the_channel", "the host ignored the forged result");
     assert_eq!(verdicts["leaves_a_mount"], Ok(()));
     assert_eq!(verdicts["still_works"], Ok(()));
 }
 
 #[test]
-fn a_kernel_panic() {
+fn kernel_panic_is_reported() {
     let lab = lab();
     let verdicts = verdicts(&lab, "fault-panics");
-    assert_says(&verdicts, "panics_the_kernel", "Kernel panic");
-    assert_says(&verdicts, "after_the_panic", "not run: the machine was lost in panics_the_kernel");
+    assert_reports(&verdicts, "panics_the_kernel", "Kernel panic");
+    assert_reports(
+        &verdicts,
+        "after_the_panic",
+        "not run: the machine was lost in panics_the_kernel",
+    );
 }
 
 #[test]
-fn a_hang() {
+fn hung_machine_is_reported_with_cpu_state() {
     let lab = lab();
     let verdicts = verdicts(&lab, "fault-halts");
-    assert_says(&verdicts, "halts", "the machine hung, nothing came for 13s");
-    assert_shows_processors(&verdicts["halts"].clone().unwrap_err().log);
+    assert_reports(&verdicts, "halts", "the machine hung: no frame for 13s");
+    assert_shows_cpus(&verdicts["halts"].clone().unwrap_err().log);
 }
 
 #[track_caller]
-fn assert_shows_processors(log: &str) {
-    for words in ["--- processors when it hung", "CPU#0", "CPU#1", "RIP="] {
-        assert!(log.contains(words), "{words} is not in {log}");
+fn assert_shows_cpus(log: &str) {
+    for words in ["--- CPU state when the machine hung", "CPU#0", "CPU#1", "RIP="] {
+        assert!(log.contains(words), "the log lacks {words:?}: {log}");
     }
 }
 
-/// As long as the processors are not halted for good, the kernel itself tells of them.
+/// Checks for the call trace, which the kernel prints at an NMI while its CPUs are not halted for good.
 #[track_caller]
-fn assert_shows_what_kernel_does(log: &str) {
-    assert_shows_processors(log);
+fn assert_shows_kernel_trace(log: &str) {
+    assert_shows_cpus(log);
     for words in ["Kernel panic - not syncing: NMI", "Call Trace"] {
-        assert!(log.contains(words), "{words} is not in {log}");
+        assert!(log.contains(words), "the log lacks {words:?}: {log}");
     }
 }
 
 #[test]
-fn a_hang_while_booting() {
+fn hang_during_boot_reports_kernel_trace() {
     let lab = lab();
     let verdicts = verdicts(&lab, "fault-says-nothing");
-    let words =
-        "did not get ready: the machine hung, nothing came for 10s, twice. The first time: ";
-    assert_says(&verdicts, "says_nothing", words);
+    let words = "did not get ready: the machine hung: no frame for 10s, twice. The first time: ";
+    assert_reports(&verdicts, "says_nothing", words);
     let Failure { message, log } = verdicts["says_nothing"].clone().unwrap_err();
-    assert_shows_what_kernel_does(&log);
+    assert_shows_kernel_trace(&log);
     let (_, first) = message.split_once("The first time: ").unwrap();
-    assert_shows_what_kernel_does(&fs::read_to_string(first).unwrap());
+    assert_shows_kernel_trace(&fs::read_to_string(first).unwrap());
 }
 
 #[test]
-fn a_kernel_panic_after_the_last_result() {
+fn kernel_panic_after_last_result_is_reported() {
     let lab = lab();
     let verdicts = verdicts(&lab, "fault-panics-at-the-end");
-    assert_says(&verdicts, "panics_at_the_end", "passed\nand then: Kernel panic");
+    assert_reports(&verdicts, "panics_at_the_end", "passed\nthen: Kernel panic");
 }
 
 #[test]
-fn a_hang_after_the_last_result() {
+fn hang_after_last_result_is_reported() {
     let lab = lab();
     let verdicts = verdicts(&lab, "fault-halts-at-the-end");
-    assert_says(
-        &verdicts,
-        "halts_at_the_end",
-        "passed\nand then: the machine was not off after 3s",
-    );
-    assert_shows_processors(&verdicts["halts_at_the_end"].clone().unwrap_err().log);
+    assert_reports(&verdicts, "halts_at_the_end", "passed\nthen: the machine was not off after 3s");
+    assert_shows_cpus(&verdicts["halts_at_the_end"].clone().unwrap_err().log);
 }
 
 #[test]
-fn a_machine_that_switches_itself_off() {
+fn machine_switching_itself_off_is_reported() {
     let lab = lab();
-    assert_says(
+    assert_reports(
         &verdicts(&lab, "fault-switches-off"),
         "switches_off",
         "no result: the machine switched itself off",
@@ -124,18 +123,18 @@ fn a_machine_that_switches_itself_off() {
 }
 
 #[test]
-fn a_machine_that_does_not_get_ready() {
+fn machine_without_init_is_reported() {
     let lab = lab();
     let verdicts = verdicts(&lab, "fault-has-no-init");
-    assert_says(&verdicts, "has_no_init", "did not get ready: cannot execute /no/such/program");
+    assert_reports(&verdicts, "has_no_init", "did not get ready: cannot execute /no/such/program");
 }
 
 #[test]
-fn a_kernel_that_qemu_refuses() {
+fn kernel_rejected_by_qemu_is_reported() {
     let lab = lab();
     let dir = lab.temporary("not-a-kernel");
     fs::create_dir(&dir).unwrap();
-    // Enough of a header for us, and not for QEMU.
+    // kernels.rs accepts this header, and QEMU rejects it.
     let mut image = vec![0; 0x400];
     image[0x202..0x206].copy_from_slice(b"HdrS");
     image[0x20e..0x210].copy_from_slice(&0x80u16.to_le_bytes());
@@ -152,7 +151,7 @@ fn a_kernel_that_qemu_refuses() {
 }
 
 /// Runs a scenario in a machine whose QEMU aborts at its first starts: `early`, before vm-init is
-/// ready, or `late`, while the scenario runs. Returns the verdict and the number of aborts to come.
+/// ready, or `late`, while the scenario runs. Returns the verdict and the number of remaining aborts.
 fn verdict_where_qemu_aborts(
     machine: &'static str,
     moments: &[&str],

@@ -1,4 +1,4 @@
-//! Every scenario on every kernel, each a test of its own.
+//! Runs every scenario on every kernel, each as its own test.
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::path::Path;
@@ -26,8 +26,9 @@ fn run() -> Result<ExitCode, Error> {
         eprintln!("vm-tests: SEALMOUNT_TESTS selects {} of {all} tests", suite.tests.len());
     }
     let session = if suite.tests.iter().any(|test| is_selected(&arguments, &test.name)) {
-        let target =
-            Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it is in cargo's target");
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .parent()
+            .expect("the directory is in the target directory of cargo");
         let lab = Arc::new(Lab::new(target)?);
         Some(Arc::new(suite.start(lab, |name| is_selected(&arguments, name))))
     } else {
@@ -36,15 +37,17 @@ fn run() -> Result<ExitCode, Error> {
 
     let trial = |name: &String| {
         let (name, session) = (name.clone(), session.clone());
-        Trial::test(name.clone(), move || verdict(&session.expect("the test is selected"), &name))
+        Trial::test(name.clone(), move || {
+            verdict(&session.expect("only selected tests run"), &name)
+        })
     };
     let trials = suite.tests.iter().map(|test| trial(&test.name)).collect();
     let started = Instant::now();
     let conclusion = libtest_mimic::run(&arguments, trials);
-    // Every result is there, but the last machine may not be off, nor its files removed.
+    // All verdicts are known, but the last machine may still be running, and its files may still exist.
     if let Some(session) = session {
         session.finish();
-        eprintln!("vm-tests: {} s in all", started.elapsed().as_secs());
+        eprintln!("vm-tests: the run took {} s", started.elapsed().as_secs());
     }
     Ok(conclusion.exit_code())
 }
@@ -56,11 +59,16 @@ fn verdict(session: &Session, name: &str) -> Result<(), Failed> {
             "" => String::new(),
             log => format!("\n--- console\n{log}\n---"),
         };
-        Failed::from(format!("{}{console}\n(whole consoles: {})", failure.message, log.display()))
+        Failed::from(format!(
+            "{}{console}\n(complete consoles: {})",
+            failure.message,
+            log.display()
+        ))
     })
 }
 
-/// As libtest-mimic selects, which does not tell: a machine is to run what was selected and no more.
+/// Returns whether libtest-mimic will run a test. Its selection has no interface, and a machine must
+/// run only the selected tests.
 fn is_selected(arguments: &Arguments, name: &str) -> bool {
     let matches = |pattern: &String| match arguments.exact {
         true => name == pattern,

@@ -1,32 +1,32 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::options::SelinuxContexts;
+use crate::overlay::{OverlayOptions, SelinuxContexts};
 
 fn parse(text: &str) -> Result<MountOptions, OptionsError> {
     MountOptions::parse(text)
 }
 
-/// `text` beside a basedir.
+/// Parses `text` beside a basedir.
 fn with_basedir(text: &str) -> MountOptions {
     parse(&format!("basedir=/o,{text}")).unwrap()
 }
 
 fn paths(options: &MountOptions) -> Vec<String> {
-    options.basedirs.iter().map(Location::to_string).collect()
+    options.overlay.objects.iter().map(Location::to_string).collect()
 }
 
 const SHA256: &str = "9ddad2ef1b11a869370e222a70507d0c94ab025fdb2f62e8bd15b9345fb5f5c1";
 
 #[test]
-fn basedirs_are_split_and_unescaped() {
+fn basedir_list_returns_unescaped_paths() {
     assert_eq!(paths(&parse("basedir=/a").unwrap()), ["/a"]);
     assert_eq!(paths(&parse("basedir=/a:/b:c").unwrap()), ["/a", "/b", "c"]);
     assert_eq!(paths(&parse(r"basedir=/a\:b\,c\\d:/e=f").unwrap()), [r"/a:b,c\d", "/e=f"]);
 }
 
 #[test]
-fn a_descriptor_is_written_as_its_path_and_called_by_that_of_its_file() {
+fn descriptor_uses_fd_path_and_reports_file_path() {
     let file = Location::from(std::fs::File::open("/dev/null").unwrap());
     assert_eq!(file.to_string(), "/dev/null");
     let text = MountOptions::new(file).to_text().into_string().unwrap();
@@ -34,7 +34,7 @@ fn a_descriptor_is_written_as_its_path_and_called_by_that_of_its_file() {
 }
 
 #[test]
-fn what_is_wrong_is_refused_by_name() {
+fn invalid_option_is_rejected_by_name() {
     let error = |text: &str| parse(&format!("basedir=/o,{text}")).unwrap_err();
     let unknown = |name: &str| OptionsError::Unknown(name.into());
     assert_eq!(error("bsedir=/a"), unknown("bsedir"));
@@ -51,6 +51,7 @@ fn what_is_wrong_is_refused_by_name() {
         ("digest", "digest"),
         ("digest=", "digest"),
         ("copy=", "copy"),
+        ("verity=", "verity"),
         ("idmap", "idmap"),
         ("upperdir=", "upperdir"),
         ("context=", "context"),
@@ -60,7 +61,6 @@ fn what_is_wrong_is_refused_by_name() {
     }
     for (text, option) in [
         ("ro=1", "ro"),
-        ("verity=require", "verity"),
         ("noverity=", "noverity"),
         ("nosuid=yes", "nosuid"),
         ("suid=", "suid"),
@@ -71,6 +71,7 @@ fn what_is_wrong_is_refused_by_name() {
     ] {
         assert_eq!(error(text), OptionsError::TakesNoValue(option), "{text}");
     }
+    assert!(matches!(error("verity=yes"), OptionsError::BadValue { option: "verity", .. }));
     assert!(matches!(error("copy=disk"), OptionsError::BadValue { option: "copy", .. }));
     let sizes = "x|-1|+1|1z|%|1%%|-1%|4294967296%|k|1kk|1 k|20000000000g|16e|0x10|1.5g";
     for size in sizes.split('|') {
@@ -79,21 +80,21 @@ fn what_is_wrong_is_refused_by_name() {
     }
     assert_eq!(error("size=1"), OptionsError::SizeWithoutCopy);
     assert!(matches!(error("digest=abc"), OptionsError::Digest(_)));
-    assert_eq!(error("upperdir=/u"), OptionsError::UpperWithoutWork);
-    assert_eq!(error("workdir=/w"), OptionsError::WorkWithoutUpper);
+    assert_eq!(error("upperdir=/u"), OptionsError::UpperdirWithoutWorkdir);
+    assert_eq!(error("workdir=/w"), OptionsError::WorkdirWithoutUpperdir);
     assert_eq!(error("ro\\"), OptionsError::TrailingBackslash);
     assert_eq!(error("x-a\0"), OptionsError::Nul);
     assert_eq!(parse("basdir=/a"), Err(unknown("basdir")));
     assert_eq!(parse("bogus,upperdir=/u"), Err(unknown("bogus")));
-    assert_eq!(parse(""), Err(OptionsError::NoBasedir));
-    assert_eq!(parse("ro"), Err(OptionsError::NoBasedir));
+    assert_eq!(parse(""), Err(OptionsError::NoObjects));
+    assert_eq!(parse("ro"), Err(OptionsError::NoObjects));
 }
 
 #[test]
-fn a_later_option_replaces_an_earlier_one() {
+fn conflicting_options_use_the_last_value() {
     assert_eq!(paths(&parse("basedir=/a,basedir=/b:/c").unwrap()), ["/b", "/c"]);
     for (text, read_only) in [("", false), ("ro", true), ("ro,rw", false), ("rw,ro", true)] {
-        assert_eq!(with_basedir(text).read_only, read_only, "{text}");
+        assert_eq!(with_basedir(text).overlay.read_only, read_only, "{text}");
     }
     for (text, atime) in [
         ("noatime,relatime", Atime::Relatime),
@@ -103,14 +104,14 @@ fn a_later_option_replaces_an_earlier_one() {
         ("strictatime,nostrictatime", Atime::Relatime),
         ("noatime,nostrictatime", Atime::Noatime),
     ] {
-        assert_eq!(with_basedir(text).atime, atime, "{text}");
+        assert_eq!(with_basedir(text).overlay.atime, atime, "{text}");
     }
-    let upper = with_basedir("upperdir=/u,workdir=/w,upperdir=/v").upper.unwrap();
+    let upper = with_basedir("upperdir=/u,workdir=/w,upperdir=/v").overlay.upper.unwrap();
     assert_eq!((upper.upperdir, upper.workdir), ("/v".into(), "/w".into()));
 }
 
 #[test]
-fn sizes_have_units() {
+fn size_with_unit_returns_bytes_or_percent() {
     for (text, size) in [
         ("0", SizeLimit::Bytes(0)),
         ("123", SizeLimit::Bytes(123)),
@@ -131,7 +132,7 @@ fn sizes_have_units() {
 }
 
 #[test]
-fn digests_that_differ_are_refused() {
+fn two_different_digests_are_rejected() {
     let upper = SHA256.to_uppercase();
     with_basedir(&format!("digest={SHA256},digest=sha256:{upper}"));
     let other = "0".repeat(64);
@@ -140,7 +141,7 @@ fn digests_that_differ_are_refused() {
 }
 
 #[test]
-fn a_digest_implies_verity_unless_noverity_is_last() {
+fn digest_without_final_noverity_uses_verity() {
     for (text, verity) in [
         ("", Verity::Off),
         ("verity", Verity::Require),
@@ -154,6 +155,13 @@ fn a_digest_implies_verity_unless_noverity_is_last() {
         ("noverity,digest", Verity::Off),
         ("noverity,digest,verity", Verity::Require),
         ("noverity,digest,tryverity", Verity::Require),
+        ("verity=require", Verity::Require),
+        ("digest,verity=try", Verity::Try),
+        ("verity=try,digest", Verity::Try),
+        ("digest,tryverity,verity=try", Verity::Try),
+        ("digest,verity=try,tryverity", Verity::Require),
+        ("digest,verity=off", Verity::Off),
+        ("verity=try,noverity", Verity::Off),
     ] {
         let options = with_basedir(&text.replace("digest", &format!("digest={SHA256}")));
         assert_eq!(options.effective_verity(), verity, "{text}");
@@ -161,32 +169,36 @@ fn a_digest_implies_verity_unless_noverity_is_last() {
 }
 
 #[test]
-fn user_mounts_imply_what_mount_8_lets_them_imply() {
-    use MountAttributes as A;
+fn user_options_use_attributes_of_mount_8() {
     for (text, attributes) in [
-        ("user", A::NOSUID | A::NODEV | A::NOEXEC),
-        ("users", A::NOSUID | A::NODEV | A::NOEXEC),
-        ("owner", A::NOSUID | A::NODEV),
-        ("group", A::NOSUID | A::NODEV),
-        ("user,exec", A::NOSUID | A::NODEV),
-        ("exec,user", A::NOSUID | A::NODEV | A::NOEXEC),
-        // As libmount 2.38 passes "user,suid".
-        ("rw,nodev,noexec,user,suid", A::NODEV | A::NOEXEC),
-        ("nosuid,nodev,noexec,nosymfollow,suid,dev,exec,symfollow", A::empty()),
+        ("user", "nosuid,nodev,noexec"),
+        ("users", "nosuid,nodev,noexec"),
+        ("owner", "nosuid,nodev"),
+        ("group", "nosuid,nodev"),
+        ("user,exec", "nosuid,nodev"),
+        ("exec,user", "nosuid,nodev,noexec"),
+        // libmount 2.38 passes this for "user,suid".
+        ("rw,nodev,noexec,user,suid", "nodev,noexec"),
+        ("nosuid,nodev,noexec,nosymfollow,suid,dev,exec,symfollow", ""),
     ] {
-        assert_eq!(with_basedir(text).attributes, attributes, "{text}");
+        let found = with_basedir(text).overlay.attributes;
+        assert_eq!(found, with_basedir(attributes).overlay.attributes, "{text}");
     }
+    let attributes = with_basedir("user").overlay.attributes;
+    let expected = MountAttributes { nosuid: true, nodev: true, noexec: true, ..attributes };
+    assert_eq!(attributes, expected);
+    assert!(!attributes.nosymfollow && !attributes.nodiratime);
 }
 
 #[test]
-fn what_fstab_holds_has_no_effect() {
+fn fstab_only_options_are_ignored() {
     let text = "defaults,auto,noauto,nofail,_netdev,x-systemd.automount,X-mount.mkdir=0755,\
                 comment=a\\,b,silent,loud,nouser,async,,symfollow";
     assert_eq!(with_basedir(text), with_basedir(""));
 }
 
 #[test]
-fn sloppy_sets_aside_only_what_is_unknown() {
+fn sloppy_parse_ignores_only_unknown_options() {
     let sloppy = MountOptions::parse_sloppy("basedir=/o,frobnicate=1,ro,quux").unwrap();
     assert_eq!(sloppy.unknown, ["frobnicate", "quux"]);
     assert_eq!(sloppy.options, with_basedir("ro"));
@@ -205,7 +217,7 @@ fn locations() -> impl Strategy<Value = Location> {
 
 prop_compose! {
     fn option_sets()(
-        basedirs in prop::collection::vec(locations(), 1..4),
+        objects in prop::collection::vec(locations(), 1..4),
         digest in proptest::option::of(prop_oneof![
             any::<[u8; 32]>().prop_map(Digest::Sha256),
             any::<[u8; 64]>().prop_map(Digest::Sha512),
@@ -214,7 +226,7 @@ prop_compose! {
             Verity::Require, Verity::Try, Verity::Off,
         ])),
         copy in proptest::option::of((
-            prop::sample::select(vec![Memory::Memfd, Memory::Ramfs]),
+            prop::sample::select(vec![MemoryKind::Memfd, MemoryKind::Ramfs]),
             proptest::option::of(prop_oneof![
                 any::<u64>().prop_map(SizeLimit::Bytes),
                 any::<u32>().prop_map(SizeLimit::Percent),
@@ -223,38 +235,42 @@ prop_compose! {
         idmap in proptest::option::of(locations()),
         upper in proptest::option::of((locations(), locations())),
         read_only: bool,
-        attributes: u32,
+        attributes: [bool; 5],
         atime in prop::sample::select(vec![Atime::Relatime, Atime::Noatime, Atime::Strictatime]),
-        superblock_flags: u32,
+        superblock_flags: [bool; 4],
         selinux_contexts in prop::array::uniform4(proptest::option::of("[^\0]{1,20}")),
     ) -> MountOptions {
+        let [nosuid, nodev, noexec, nosymfollow, nodiratime] = attributes;
+        let [sync, dirsync, lazytime, mand] = superblock_flags;
         MountOptions {
-            basedirs,
             digest,
-            verity,
             copy: copy.map(|(memory, _)| memory),
             size: copy.and_then(|(_, size)| size),
             idmap,
-            upper: upper.map(|(upperdir, workdir)| UpperLayer { upperdir, workdir }),
-            read_only,
-            attributes: MountAttributes::from_bits_truncate(attributes),
-            atime,
-            superblock_flags: SuperblockFlags::from_bits_truncate(superblock_flags),
-            selinux_contexts: {
-                let [context, fscontext, defcontext, rootcontext] =
-                    selinux_contexts.map(|context: Option<String>| context.map(OsString::from));
-                SelinuxContexts { context, fscontext, defcontext, rootcontext }
+            overlay: OverlayOptions {
+                objects,
+                verity,
+                upper: upper.map(|(upperdir, workdir)| UpperLayer { upperdir, workdir }),
+                read_only,
+                attributes: MountAttributes { nosuid, nodev, noexec, nosymfollow, nodiratime },
+                atime,
+                superblock_flags: SuperblockFlags { sync, dirsync, lazytime, mand },
+                selinux_contexts: {
+                    let [context, fscontext, defcontext, rootcontext] =
+                        selinux_contexts.map(|context: Option<String>| context.map(OsString::from));
+                    SelinuxContexts { context, fscontext, defcontext, rootcontext }
+                },
+                source: None,
             },
-            source: None,
         }
     }
 }
 
-/// Text that is likely to be options, or nearly.
+/// Makes text that looks like options.
 fn texts() -> impl Strategy<Value = OsString> {
     let piece = prop_oneof![
         4 => prop::sample::select(vec![
-            "basedir=/o", "ro", "rw", "copy", "copy=memfd", "copy=ramfs", "size=1m", "size=5%", "verity", "noverity", "nosuid", "suid",
+            "basedir=/o", "ro", "rw", "copy", "copy=memfd", "copy=ramfs", "size=1m", "size=5%", "verity", "noverity", "tryverity", "verity=try", "nosuid", "suid",
             "noatime", "x-y=z", "sync", "upperdir=/u", "workdir=/w", "comment=c", "idmap=/i", "user",
         ]).prop_map(|text| text.as_bytes().to_vec()),
         4 => prop::sample::select(br"\\\,,,::=".chunks(1).map(<[u8]>::to_vec).collect::<Vec<_>>()),
@@ -267,8 +283,8 @@ fn texts() -> impl Strategy<Value = OsString> {
 /// A name, and a value if there is one.
 type NaiveToken = (Vec<u16>, Option<Vec<u16>>);
 
-/// A second reading of the grammar, as naive as can be: escaped characters are first replaced by
-/// code points of their own (the byte plus 256), so that plain splitting does the rest.
+/// Parses the text a second time, naively: replaces escaped characters by code points of their own (the byte
+/// plus 256), and then splits the text.
 fn naive_tokens(text: &[u8]) -> Option<Vec<NaiveToken>> {
     let mut characters = Vec::new();
     let mut escaped = false;
@@ -305,24 +321,24 @@ fn naive_tokens(text: &[u8]) -> Option<Vec<NaiveToken>> {
 
 proptest! {
     #[test]
-    fn any_option_set_survives_print_and_parse(options in option_sets()) {
+    fn options_printed_and_parsed_stay_equal(options in option_sets()) {
         prop_assert_eq!(MountOptions::parse(options.to_text()), Ok(options));
     }
 
     #[test]
-    fn arbitrary_text_never_panics(bytes: Vec<u8>) {
+    fn arbitrary_option_text_never_panics(bytes: Vec<u8>) {
         let _ = MountOptions::parse_sloppy(OsStr::from_bytes(&bytes));
     }
 
     #[test]
-    fn what_parses_survives_print_and_parse(text in texts()) {
+    fn parsed_text_printed_and_parsed_stays_equal(text in texts()) {
         if let Ok(options) = MountOptions::parse(&text) {
             prop_assert_eq!(MountOptions::parse(options.to_text()), Ok(options));
         }
     }
 
     #[test]
-    fn tokens_agree_with_a_naive_reading(text in texts()) {
+    fn tokenizer_returns_tokens_of_naive_parser(text in texts()) {
         let naive = naive_tokens(text.as_bytes());
         match tokens(text.as_bytes()) {
             Err(_) => prop_assert_eq!(naive, None),

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use sealmount::{Digest, MountOptions, Verity};
+use sealmount::{Digest, MemoryKind, MountOptions, Verity};
 
 use crate::manifest;
 
@@ -18,7 +18,8 @@ pub struct Fixture {
 
 impl Fixture {
     fn directory(&self) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../images").join(self.name)
+        // The path has no `..`, because findmnt(8) shows the canonical path.
+        Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("images").join(self.name)
     }
 
     pub fn image(&self) -> PathBuf {
@@ -33,27 +34,27 @@ impl Fixture {
         self.digest.parse().unwrap()
     }
 
-    /// With the objects, and nothing else asked for.
+    /// Returns options with the objects, without a copy and without a digest.
     pub fn options(&self) -> MountOptions {
         MountOptions::new(self.objects())
     }
 
-    /// With copy and the digest. The objects have no fs-verity where the project is checked out.
+    /// Returns options with a copy and the digest. The objects in the source tree have no fs-verity.
     pub fn copy_options(&self) -> MountOptions {
         let mut options = self.options();
-        options.copy = Some(sealmount::Memory::Memfd);
+        options.copy = Some(MemoryKind::Memfd);
         options.digest = Some(self.digest());
-        options.verity = Some(Verity::Off);
+        options.overlay.verity = Some(Verity::Off);
         options
     }
 }
 
-/// A V1 image whose superblock gives it this size, a multiple of 4096; what is behind the real one is
-/// never looked at.
+/// Returns a V1 image whose superblock gives this size, a multiple of 4096. EROFS never reads the bytes
+/// behind the original image.
 pub fn large_image(size: usize) -> Vec<u8> {
     let mut image = fs::read(V1.image()).unwrap();
     image[1060..1064].copy_from_slice(&(size as u32 / 4096).to_le_bytes());
-    // Not periodic, and not random either.
+    // The content is neither periodic nor random.
     image.extend((image.len()..size).map(|n| (n / 4096 * 31 + n / 7) as u8));
     image
 }

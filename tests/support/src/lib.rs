@@ -1,11 +1,13 @@
-//! Shares what several test suites and the benchmarks need: sandboxes with a mount namespace, the
-//! bundled images and their manifest, the mount table, denied permissions, and a tracer.
+//! The code that several test suites and the benchmarks share. The modules make sandboxes, read the
+//! bundled images and the mount table, deny permissions, and trace programs.
 #![forbid(unsafe_code)]
 
 #[cfg(feature = "sandbox")]
 pub mod fixtures;
 pub mod manifest;
 pub mod mountinfo;
+#[cfg(feature = "sandbox")]
+pub mod outcome;
 pub mod programs;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
@@ -18,12 +20,14 @@ pub mod tracer;
 pub use fixtures::{Fixture, V1, V2, large_image};
 pub use manifest::{assert_has_hard_link, assert_is_manifest, assert_is_manifest_mapped};
 pub use mountinfo::{Mount, assert_no_loop_device, loop_devices, mount_at, mounts};
+#[cfg(feature = "sandbox")]
+pub use outcome::{image_problem, mount_and_events};
 pub use programs::{run, through, umount, umount_8, user_namespace};
 #[cfg(feature = "sandbox")]
 pub use sandbox::Sandbox;
 
 /// Makes a [`Sandbox`] in the directory for temporary files that cargo gives to the calling test or
-/// benchmark. Returns `None` if the test is to be skipped.
+/// benchmark. Returns `None` if the caller must skip the test.
 #[cfg(feature = "sandbox")]
 #[macro_export]
 macro_rules! sandbox {
@@ -32,7 +36,7 @@ macro_rules! sandbox {
     };
 }
 
-/// Runs the mount helper of the calling package with these arguments; returns its output.
+/// Runs the mount helper of the calling package with these arguments. Returns its output.
 #[macro_export]
 macro_rules! mount_composefs {
     ($arguments:expr) => {

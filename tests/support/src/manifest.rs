@@ -1,4 +1,4 @@
-//! The tree that the two bundled images show, and the comparison with a mounted one.
+//! The tree that the two bundled images show, and assertions about a mounted tree.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -20,7 +20,7 @@ struct Entry {
     uid: u32,
     gid: u32,
     mtime: i64,
-    /// Of everything but directories.
+    /// 0 for a directory.
     size: u64,
     rdev: u64,
     /// SHA-256 of a file, or the target of a symbolic link.
@@ -51,7 +51,7 @@ fn manifest() -> BTreeMap<PathBuf, Entry> {
     json.as_object().unwrap().iter().map(|(path, value)| (path.into(), entry(value))).collect()
 }
 
-/// Everything below a directory.
+/// Returns all entries below a directory.
 fn tree(root: &Path) -> BTreeMap<PathBuf, Entry> {
     let mut entries = BTreeMap::new();
     let mut directories = vec![root.to_owned()];
@@ -92,7 +92,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// All but those of overlayfs itself.
+/// Returns the extended attributes, except the ones that overlayfs itself sets.
 fn xattrs(path: &Path) -> BTreeMap<String, String> {
     let mut names = vec![0; 64 * 1024];
     let length = rustix::fs::llistxattr(path, &mut names).unwrap();
@@ -107,20 +107,21 @@ fn xattrs(path: &Path) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// The tree is exactly that of the manifest: names, types, modes, owners, times, sizes, devices,
-/// contents, link targets, and xattrs with ACLs and capabilities.
+/// Asserts that the tree is exactly the tree of the manifest: names, types, modes, owners, times,
+/// sizes, devices, contents and link targets. The comparison includes xattrs, with ACLs and
+/// capabilities.
 pub fn assert_is_manifest(root: &Path) {
     assert_is_manifest_mapped(root, 0);
 }
 
-/// The same, with all owners moved up.
+/// Asserts that the tree is the tree of the manifest, with all owners moved up.
 pub fn assert_is_manifest_mapped(root: &Path, first_id: u32) {
     let mut expected = manifest();
     for entry in expected.values_mut() {
         entry.uid += first_id;
         entry.gid += first_id;
         if first_id != 0 {
-            // The kernel maps what is in these too.
+            // The kernel maps the owners in the other extended attributes too.
             entry.xattrs.retain(|name, _| name.starts_with("user."));
         }
     }
@@ -138,7 +139,7 @@ pub fn assert_is_manifest_mapped(root: &Path, first_id: u32) {
     }
 }
 
-/// What an image says of its root directory, which the manifest leaves out.
+/// The attributes of the root directory in an image. The manifest leaves them out.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Root {
     pub mode: u32,
@@ -147,11 +148,11 @@ pub struct Root {
     pub mtime: i64,
 }
 
-/// That of both images.
+/// The root directory of both images.
 pub const ROOT: Root = Root { mode: 0o40755, uid: 0, gid: 0, mtime: 1_700_000_000 };
 
-/// The mount's root has these attributes, and no xattrs. Not so where there is an upper layer: the
-/// root is then its upperdir.
+/// Asserts that the root of the mount has these attributes, and no xattrs. With an upper layer, the
+/// root is the upperdir.
 pub fn assert_root_is(root: &Path, expected: Root) {
     let metadata = fs::metadata(root).unwrap();
     let found = Root {
@@ -163,8 +164,8 @@ pub fn assert_root_is(root: &Path, expected: Root) {
     assert_eq!((found, xattrs(root)), (expected, BTreeMap::new()));
 }
 
-/// The manifest's two names of one file are that. Only the V2 image has it so: mkcomposefs wrote two
-/// files of one content into the V1 image.
+/// Asserts that the two names that the manifest has for one file are a hard link. Only the V2 image has
+/// the hard link: mkcomposefs wrote two files of one content into the V1 image.
 pub fn assert_has_hard_link(root: &Path) {
     let links = ["data/70000", "data/hardlink"];
     let [one, other] = links.map(|link| fs::symlink_metadata(root.join(link)).unwrap());

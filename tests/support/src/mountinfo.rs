@@ -8,13 +8,13 @@ use std::time::Duration;
 #[derive(Debug, PartialEq)]
 pub struct Mount {
     pub mount_point: PathBuf,
-    /// Of the mount, then of the superblock.
+    /// The options of the mount, then the options of the superblock.
     pub options: Vec<String>,
     pub fs_type: String,
     pub source: String,
 }
 
-/// The mounts in the namespace of this thread.
+/// Returns the mounts in the namespace of the calling thread.
 pub fn mounts() -> Vec<Mount> {
     let parse = |line: &str| {
         let (mount, superblock) = line.split_once(" - ").unwrap();
@@ -31,7 +31,7 @@ pub fn mounts() -> Vec<Mount> {
     fs::read_to_string("/proc/thread-self/mountinfo").unwrap().lines().map(parse).collect()
 }
 
-/// The kernel writes space and the like as three octal digits.
+/// Decodes spaces and similar characters, which the kernel writes as three octal digits.
 fn unescape(text: &str) -> String {
     let mut parts = text.split('\\');
     let mut plain = parts.next().unwrap().to_owned();
@@ -42,12 +42,12 @@ fn unescape(text: &str) -> String {
     plain
 }
 
-/// The mount on top of a directory.
+/// Returns the topmost mount on a directory.
 pub fn mount_at(mount_point: &Path) -> Option<Mount> {
     mounts().into_iter().rfind(|mount| mount.mount_point == mount_point)
 }
 
-/// The backing files of the loop devices in use whose name contains `text`.
+/// Returns the backing files of all used loop devices, if the path of the file contains `text`.
 pub fn loop_devices(text: &str) -> Vec<String> {
     fs::read_dir("/sys/block")
         .unwrap()
@@ -58,7 +58,8 @@ pub fn loop_devices(text: &str) -> Vec<String> {
         .collect()
 }
 
-/// The kernel lets go of a loop device a moment after the last use.
+/// Asserts that no loop device has a backing file whose path contains `text`. The kernel releases a
+/// loop device a moment after its last use.
 pub fn assert_no_loop_device(text: &str) {
     for _ in 0..200 {
         if loop_devices(text).is_empty() {

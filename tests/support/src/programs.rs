@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-/// Runs a program that must succeed; returns what it printed.
+/// Runs a program that must succeed. Returns its output.
 pub fn run<S: AsRef<OsStr>>(
     program: impl AsRef<OsStr>,
     arguments: impl IntoIterator<Item = S>,
@@ -22,8 +22,8 @@ pub fn run<S: AsRef<OsStr>>(
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Unmounts what nobody uses. A process that another test is starting at this moment holds, until it
-/// executes its program, a copy of every descriptor there is.
+/// Unmounts a mount that no process uses. A process that another test starts at this moment holds a
+/// copy of every descriptor until the process executes its program.
 pub fn umount(mount_point: &Path) {
     for _ in 0..500 {
         match unmount(mount_point, UnmountFlags::empty()) {
@@ -34,7 +34,7 @@ pub fn umount(mount_point: &Path) {
     panic!("{} is in use", mount_point.display());
 }
 
-/// The same with umount(8), which may be given a mount's source too.
+/// Unmounts with umount(8), which also accepts the source of a mount.
 pub fn umount_8(target: &Path) {
     for _ in 0..500 {
         let output = Command::new("umount").arg(target).env("LC_ALL", "C").output().unwrap();
@@ -48,7 +48,7 @@ pub fn umount_8(target: &Path) {
     panic!("{} is in use", target.display());
 }
 
-/// What a program makes of these bytes.
+/// Returns the output of a program for this input.
 pub fn through(program: &[&str], input: &[u8]) -> Vec<u8> {
     let mut child = Command::new(program[0])
         .args(&program[1..])
@@ -65,8 +65,8 @@ pub fn through(program: &[&str], input: &[u8]) -> Vec<u8> {
     output.stdout
 }
 
-/// A user namespace that maps 0 to 100000 and so on, and the process that holds it until its
-/// standard input is closed.
+/// Makes a user namespace that maps 0 to 100000 and so on. Returns the process that holds the namespace
+/// until its standard input is closed, and the path of the namespace.
 pub fn user_namespace() -> (Child, String) {
     let mut process = Command::new("unshare")
         .args(["--user", "sh", "-c", "echo; read line"])

@@ -8,22 +8,22 @@ use rustix::mount::{UnmountFlags, unmount};
 use crate::mountinfo::mounts;
 use crate::programs::run;
 
-/// Setting this variable lets the tests that need root pass without running.
+/// With this variable, tests that need root pass without running.
 const SKIP: &str = "SEALMOUNT_SKIP_ROOT_TESTS";
 
-/// A directory, and a mount namespace for this thread and the processes that it starts.
+/// A directory, and a mount namespace for the calling thread and the processes that the thread starts.
 pub struct Sandbox {
     directory: tempfile::TempDir,
 }
 
 impl Sandbox {
-    /// Makes a sandbox with a new directory in `parent`. Returns `None` if the test is to be skipped,
-    /// because the variable above allows it.
+    /// Makes a sandbox with a new directory in `parent`. Returns `None` if the process lacks root and
+    /// the variable allows the caller to skip the test.
     pub fn new(parent: &Path) -> Option<Sandbox> {
         if !rustix::process::geteuid().is_root() {
             assert!(
                 std::env::var_os(SKIP).is_some(),
-                "this test mounts, which takes root: run it as root, or set {SKIP} to skip it",
+                "this test mounts, which needs root: run it as root, or set {SKIP} to skip it",
             );
             return None;
         }
@@ -37,21 +37,21 @@ impl Sandbox {
         self.directory.path().join(name)
     }
 
-    /// A new empty directory.
+    /// Makes an empty directory.
     pub fn directory(&self, name: &str) -> PathBuf {
         let path = self.path(name);
         fs::create_dir(&path).unwrap();
         path
     }
 
-    /// A file of this content.
+    /// Makes a file with this content.
     pub fn file(&self, name: &str, content: &[u8]) -> PathBuf {
         let path = self.path(name);
         fs::write(&path, content).unwrap();
         path
     }
 
-    /// A new file system in memory.
+    /// Makes a directory and mounts a new tmpfs there.
     pub fn tmpfs(&self, name: &str) -> PathBuf {
         let path = self.directory(name);
         run("mount", ["-t", "tmpfs", "tmpfs", path.to_str().unwrap()]);
@@ -61,7 +61,7 @@ impl Sandbox {
 
 impl Drop for Sandbox {
     fn drop(&mut self) {
-        // What the test left mounted, the last one first.
+        // Unmounts the mounts that the test left, the newest first.
         for mount in mounts().iter().rev() {
             if mount.mount_point.starts_with(self.directory.path()) {
                 let _ = unmount(&mount.mount_point, UnmountFlags::DETACH);

@@ -1,5 +1,5 @@
-//! Takes permissions from the calling thread, and what it starts, for good: as the seccomp filters of
-//! containers and the security modules of the kernel do.
+//! Takes permissions from the calling thread and its children for good, like the seccomp filters of
+//! containers and the security modules of the kernel.
 
 use std::collections::BTreeMap;
 
@@ -13,13 +13,13 @@ use seccompiler::{
 /// The number of a system call.
 pub type SystemCall = i64;
 
-/// These system calls answer with an errno and do nothing.
-pub fn refuse(system_calls: &[SystemCall], errno: Errno) {
+/// Makes these system calls fail with an errno.
+pub fn deny(system_calls: &[SystemCall], errno: Errno) {
     filter(system_calls.iter().map(|number| (*number, vec![])).collect(), errno);
 }
 
-/// This system call does where an argument has this value; the first argument is 0.
-pub fn refuse_argument(system_call: SystemCall, argument: u8, value: u32, errno: Errno) {
+/// Makes a system call fail if an argument has this value. The first argument has the number 0.
+pub fn deny_argument(system_call: SystemCall, argument: u8, value: u32, errno: Errno) {
     let value = u64::from(value);
     let (length, equal) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
     let condition = SeccompCondition::new(argument, length, equal, value).unwrap();
@@ -34,13 +34,14 @@ fn filter(rules: BTreeMap<SystemCall, Vec<SeccompRule>>, errno: Errno) {
     seccompiler::apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
 }
 
-/// Landlock, a security module by which a process can restrict itself. Here nothing but making sockets
-/// is refused, and, as to whoever is restricted in any way, every change of mounts.
+/// Restricts the calling thread with Landlock, a security module that needs no privileges. The ruleset
+/// denies only the creation of sockets. Landlock also denies every change of mounts to a restricted
+/// process.
 pub fn restrict_by_landlock() {
     let ruleset = Ruleset::default().handle_access(AccessFs::MakeSock).unwrap().create().unwrap();
     assert_eq!(
         ruleset.restrict_self().unwrap().ruleset,
         RulesetStatus::FullyEnforced,
-        "this test takes a kernel with Landlock: CONFIG_SECURITY_LANDLOCK, and in lsm=",
+        "this test needs a kernel with Landlock: CONFIG_SECURITY_LANDLOCK, and landlock in lsm=",
     );
 }

@@ -1,4 +1,4 @@
-//! Runs a program under ptrace(2) and has somebody decide about each of its system calls.
+//! Runs a program under ptrace(2). A callback decides about each system call of the program.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -17,17 +17,17 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-/// A system call that is about to be made.
+/// A system call before the kernel executes the call.
 pub struct Call {
     thread: Pid,
     pub number: i64,
     pub arguments: [u64; 6],
-    /// How many calls of this number all threads made before.
+    /// The number of earlier calls of the same number, in all threads.
     pub nth: usize,
 }
 
 impl Call {
-    /// The string that an argument points to.
+    /// Returns the string that an argument points to.
     pub fn text(&self, argument: usize) -> Option<String> {
         let mut bytes = [0; 256];
         let memory = File::open(format!("/proc/{}/mem", self.thread)).ok()?;
@@ -36,28 +36,29 @@ impl Call {
         String::from_utf8(text.to_vec()).ok()
     }
 
-    /// The file that an argument is the descriptor of.
+    /// Returns the path of the file that an argument refers to by descriptor.
     pub fn file(&self, argument: usize) -> Option<PathBuf> {
         fs::read_link(format!("/proc/{}/fd/{}", self.thread, self.arguments[argument])).ok()
     }
 }
 
-/// What becomes of a system call.
+/// The action of the tracer on a system call.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
-    /// It is made.
+    /// The kernel executes the call.
     Proceed,
-    /// It is not made and returns this.
+    /// The call is not executed and fails with this errno.
     Fail(Errno),
-    /// It is not made, leaves these bytes where the argument of this place points to, and returns 0.
+    /// The call is not executed and returns 0. The tracer writes these bytes where the argument of this
+    /// number points to.
     Answer(usize, Vec<u8>),
-    /// It is made with no more than this as its third argument, the length.
+    /// The kernel executes the call with at most this value as the third argument, the length.
     Shorten(u64),
-    /// The process gets the signal first.
+    /// The process gets the signal before the call.
     Signal(Signal),
 }
 
-/// What a tracer decides about a call, and whether it wants to see those that follow.
+/// The action on a call, and whether the tracer stops tracing after the call.
 pub struct Decision {
     pub action: Action,
     pub is_last: bool,
@@ -69,16 +70,16 @@ impl From<Action> for Decision {
     }
 }
 
-/// How a program ended.
+/// The end of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     Exited(i32),
     Killed(Signal),
-    /// It was still running at the time limit.
+    /// The program was still running at the time limit.
     Hung,
 }
 
-/// What is to be done when a thread comes back from the kernel.
+/// The task of the tracer when a thread returns from the kernel.
 enum AtExit {
     Nothing,
     Return(i64),
@@ -86,12 +87,12 @@ enum AtExit {
     RestoreBreak(u64),
 }
 
-/// Runs a program until it and all its threads and children have ended; returns what it wrote to
+/// Runs a program until the program and all its threads and children have ended. Returns the output on
 /// standard error.
 ///
-/// A process that has itself traced from its start takes `unsafe`. So the command is to stop itself
-/// (SIGSTOP) first, and to execute the program when it goes on.
-#[allow(clippy::zombie_processes)] // The tracer waits for it, and for its threads.
+/// A process that requests tracing of itself from its start needs `unsafe`. So the command must first
+/// stop itself with SIGSTOP, and must execute the program after SIGCONT.
+#[allow(clippy::zombie_processes)] // The tracer waits for the child and its threads.
 pub fn run(
     mut command: Command,
     time_limit: Duration,
@@ -100,7 +101,7 @@ pub fn run(
     let stderr = rustix::fs::memfd_create("stderr", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let mut stderr = File::from(stderr);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr.try_clone().unwrap());
-    // cargo's LD_LIBRARY_PATH makes the loader look in a hundred places.
+    // With cargo's LD_LIBRARY_PATH, the loader would look in a hundred directories.
     let child = command.env_clear().spawn().unwrap();
     let leader = Pid::from_raw(child.id() as i32);
     waitpid(leader, Some(WaitPidFlag::WUNTRACED)).unwrap();
@@ -139,26 +140,27 @@ pub fn run(
 
 struct Tracer {
     leader: Pid,
-    /// Of each thread that is in the kernel.
+    /// The threads, each with its task if the thread is in the kernel.
     threads: HashMap<Pid, Option<AtExit>>,
-    /// From when the shell has become the program until the last decision.
-    is_of_interest: bool,
+    /// Whether the tracer sees calls: from the execution of the program until the last decision.
+    is_tracing: bool,
     counts: HashMap<i64, usize>,
 }
 
 impl Tracer {
     fn new(leader: Pid) -> Tracer {
         let threads = HashMap::from([(leader, None)]);
-        Tracer { leader, threads, is_of_interest: false, counts: HashMap::new() }
+        Tracer { leader, threads, is_tracing: false, counts: HashMap::new() }
     }
 
     fn follow(mut self, decide: &mut dyn FnMut(&Call) -> Decision) -> End {
         let mut end = End::Hung;
-        // Not those of other tests, in other threads of this process.
+        // Other tests, in other threads of this process, have their own children.
         let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
         while !self.threads.is_empty() {
             let status = match waitpid(None, Some(flags)) {
-                // A new thread can have ended before its maker's stop tells of it: nobody is left.
+                // A new thread can end before the stop of its maker reports the thread. Then no thread
+                // is left.
                 Err(Errno::ECHILD) => break,
                 status => status.unwrap(),
             };
@@ -178,7 +180,7 @@ impl Tracer {
                     continue;
                 }
                 WaitStatus::PtraceSyscall(thread) => {
-                    // ESRCH: it has been killed meanwhile.
+                    // ESRCH: a signal has killed the thread meanwhile.
                     let _ = self.at_call(thread, decide);
                     (thread, None)
                 }
@@ -190,9 +192,9 @@ impl Tracer {
                 WaitStatus::Stopped(thread, signal) => (thread, Some(signal)),
                 status => panic!("{status:?}"),
             };
-            // One in the kernel is let go only when it has come back.
+            // The tracer stops tracing a thread only after the thread has returned from the kernel.
             let is_inside = self.threads.get(&thread).is_some_and(Option::is_some);
-            let _ = match self.is_of_interest || is_inside {
+            let _ = match self.is_tracing || is_inside {
                 true => ptrace::syscall(thread, signal),
                 false => ptrace::cont(thread, signal),
             };
@@ -202,8 +204,8 @@ impl Tracer {
 
     fn at_event(&mut self, thread: Pid, event: i32) {
         if event == Event::PTRACE_EVENT_EXEC as i32 {
-            self.is_of_interest = true;
-            // What comes next is the return from execve(2).
+            self.is_tracing = true;
+            // The next stop of the thread is the return from execve(2).
             self.threads.insert(thread, Some(AtExit::Nothing));
         } else if event != Event::PTRACE_EVENT_STOP as i32
             && let Ok(new) = ptrace::getevent(thread)
@@ -223,7 +225,7 @@ impl Tracer {
             None => {
                 let call = call(thread, &registers, &mut self.counts);
                 let Decision { action, is_last } = decide(&call);
-                self.is_of_interest = !is_last;
+                self.is_tracing = !is_last;
                 *state = Some(enter(&call, &mut registers, action, self.leader)?);
             }
             Some(AtExit::Nothing) => {}
@@ -260,14 +262,15 @@ fn enter(
     action: Action,
     process: Pid,
 ) -> nix::Result<AtExit> {
-    // No system call has this number, so none is made.
+    // No system call has this number, so the kernel executes no call.
     let mut skip = || {
         registers.orig_rax = u64::MAX;
         ptrace::setregs(call.thread, *registers)
     };
     match action {
         Action::Proceed => Ok(AtExit::Nothing),
-        // It has no errors: it answers where the break is, which without an address is all it does.
+        // brk(2) has no errors. With the address 0, the call changes nothing and returns the current
+        // break.
         Action::Fail(_) if call.number == libc::SYS_brk => {
             let wanted = registers.rdi;
             registers.rdi = 0;

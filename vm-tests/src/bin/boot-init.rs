@@ -1,4 +1,4 @@
-//! The init of an initramfs that goes on in a composefs root.
+//! Runs as process 1 of an initramfs and switches to a composefs root.
 #![forbid(unsafe_code)]
 
 fn main() {

@@ -1,4 +1,4 @@
-//! Process 1 of a virtual machine, and each scenario's process.
+//! Runs as process 1 of a virtual machine, and as the process of each scenario.
 #![forbid(unsafe_code)]
 
 fn main() {

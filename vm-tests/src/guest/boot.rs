@@ -1,11 +1,12 @@
-//! The way sealmount is meant to be used: an initramfs mounts the root of the system from an image
-//! that it brings, checked against the kernel's command line, goes on in it and gives itself up.
+//! Tests the main use of sealmount: an initramfs holds an image and mounts it as the root of the
+//! system. The kernel command line contains the digest. Then the initramfs switches to the new root and
+//! frees its memory.
 //!
-//! [`boot_init`](super::boot_init) is what runs first, as process 1. It leaves notes for the scenarios in [`NOTES`], and
-//! ends in vm-init: the one in the composefs root, which is an object, or if there is no root, the
-//! one in the initramfs.
+//! [`boot_init`](super::boot_init) runs first, as process 1, and leaves notes for the scenarios in
+//! [`NOTES`]. Then `boot_init` executes vm-init: an object of the composefs root or, without a root,
+//! the file in the initramfs.
 
-use super::fixtures::HELPER;
+use super::fixtures::{self, HELPER};
 use super::probe;
 use crate::binaries::Binaries;
 use crate::files::read;
@@ -14,7 +15,7 @@ use crate::machine::{Disk, Format, Machine};
 use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::mount::MountFlags;
-use sealmount::{Algorithm, Digest, compute_digest};
+use sealmount::{Algorithm, Digest};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
@@ -22,20 +23,20 @@ use test_support::mountinfo::{loop_devices, mount_at};
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
-        name: "boot_into_composefs",
+        name: "boot_with_right_digest_mounts_root",
         machine: &BOOTS,
         time_limit: Scenario::TIME_LIMIT,
-        run: boot_into_composefs,
+        run: boot_with_right_digest_mounts_root,
     },
     Scenario {
-        name: "boot_with_wrong_digest",
-        machine: &REFUSES,
+        name: "boot_with_wrong_digest_is_rejected",
+        machine: &WRONG_DIGEST,
         time_limit: Scenario::TIME_LIMIT,
-        run: boot_with_wrong_digest,
+        run: boot_with_wrong_digest_is_rejected,
     },
 ];
 
-static BOOTS: Machine = Machine {
+pub static BOOTS: Machine = Machine {
     name: "boot",
     modules: &["virtio_pci", "virtio_blk", "loop", "erofs", "overlay", "ext4"],
     files: |binaries, root| {
@@ -45,27 +46,33 @@ static BOOTS: Machine = Machine {
         binaries.install("sealmount", "mount-composefs", &root.join(&HELPER[1..]))?;
         binaries.install("vm-tests", "boot-init", &root.join("sbin/boot-init"))
     },
-    disks: &[Disk {
-        name: OBJECTS,
-        format: Format::Ext4Verity,
-        size_mib: 64,
-        fill: |binaries, disk| {
-            let root = self::root(binaries)?;
-            for content in [root.init, root.data] {
-                let digest = compute_digest(Algorithm::Sha256, &content);
-                let object = disk.join("objects").join(object_path(&digest));
-                fs::create_dir_all(object.parent().ok_or("no directory for an object")?)?;
-                fs::write(object, content)?;
-            }
-            Ok(())
+    disks: &[
+        Disk {
+            name: OBJECTS,
+            format: Format::Ext4Verity,
+            size_mib: 64,
+            fill: |binaries, disk| {
+                let root = self::root(binaries)?;
+                for content in [root.init, root.data] {
+                    let digest = Digest::of_bytes(Algorithm::Sha256, &content);
+                    let object = disk.join("objects").join(object_path(&digest));
+                    fs::create_dir_all(
+                        object.parent().ok_or("the path of an object has no directory")?,
+                    )?;
+                    fs::write(object, content)?;
+                }
+                Ok(())
+            },
         },
-    }],
+        // A disk for other scenarios that run after the boot.
+        Disk { name: AFTER_BOOT, format: Format::Ext4, size_mib: 64, fill: fixtures::fill },
+    ],
     command_line: |binaries| Ok(format!("{DIGEST}={}", root(binaries)?.digest)),
     takes_over: Some("/sbin/boot-init"),
     ..Machine::BARE
 };
 
-static REFUSES: Machine = Machine {
+static WRONG_DIGEST: Machine = Machine {
     name: "boot-wrong-digest",
     command_line: |binaries| {
         let digest = root(binaries)?.digest.to_string();
@@ -80,16 +87,20 @@ static REFUSES: Machine = Machine {
 };
 
 pub const IMAGE: &str = "/image.cfs";
-/// The disk with the objects.
+/// The name of the disk with the objects.
 pub const OBJECTS: &str = "boot-objects";
-/// The word of the kernel's command line.
+/// The name of the disk with the bundled images. The root of the system does not use this disk.
+pub const AFTER_BOOT: &str = "after-boot";
+/// The word on the kernel command line that contains the digest.
 pub const DIGEST: &str = "composefs.digest";
-/// A file for each thing that happened in the first stage.
+/// The directory of the notes, one file for each event of the first stage.
 pub const NOTES: &str = "/run/boot";
-/// Noted where the objects can have no fs-verity.
+/// The name of the note that the kernel cannot enable fs-verity on the objects.
 pub const NO_VERITY: &str = "no_verity";
-/// Nearly all of it empty, but copied and hashed like the rest: enough to tell whether the memory
-/// of it is given back.
+/// The message of the helper on a kernel without fs-verity, after the path of the object directory.
+const NO_FS_VERITY: &str = ": cannot enforce verity: the file system does not support fs-verity";
+/// sealmount copies and hashes the empty blocks too. So the image is large enough to show whether its
+/// memory is freed.
 const IMAGE_BLOCKS: usize = 4096;
 const IMAGE_KIB: u64 = 4 * IMAGE_BLOCKS as u64;
 
@@ -109,74 +120,81 @@ fn root(binaries: &Binaries) -> Result<Root, Error> {
     let mut tree = BTreeMap::from([
         (String::new(), Node::Directory),
         (format!("mnt/{OBJECTS}"), Node::Directory),
+        (format!("mnt/{AFTER_BOOT}"), Node::Directory),
         ("sbin/init".to_owned(), Node::file(0o755, &init)),
         ("usr/data".to_owned(), Node::file(0o644, &data)),
     ]);
     tree.extend(DIRECTORIES.map(|path| (path.to_owned(), Node::Directory)));
     let image = image(tree, IMAGE_BLOCKS);
-    let digest = compute_digest(Algorithm::Sha256, &image);
+    let digest = Digest::of_bytes(Algorithm::Sha256, &image);
     Ok(Root { init, data, image, digest })
 }
 
-/// No two blocks are equal.
+/// Returns content without two equal blocks.
 fn data() -> Vec<u8> {
     (0..50_000u32).flat_map(u32::to_le_bytes).collect()
 }
 
-/// What the first stage says about something; None if it did not come to that.
+/// Returns a note of the first stage, or `None` if the stage did not write it.
 fn note(name: &str) -> Option<String> {
     fs::read_to_string(Path::new(NOTES).join(name)).ok()
 }
 
 fn number(name: &str) -> Result<u64, Error> {
-    let text = note(name).ok_or_else(|| format!("the first stage did not note {name}"))?;
+    let text =
+        note(name).ok_or_else(|| format!("the first stage did not write the note {name}"))?;
     text.parse().context(|| format!("{name} is {text:?}"))
 }
 
-fn boot_into_composefs(guest: &mut Guest) -> Result<(), Error> {
+fn boot_with_right_digest_mounts_root(guest: &mut Guest) -> Result<(), Error> {
     let has_verity = note(NO_VERITY).is_none();
     let enforced = has_verity && probe::overlayfs()?.verity;
-    let why_not = if has_verity { "Linux 6.6" } else { "verity cannot be enforced on " };
+    let why_not = match has_verity {
+        true => "overlayfs: cannot enforce verity: verity=require needs Linux 6.6",
+        false => NO_FS_VERITY,
+    };
     match (note("verity"), note("digest"), note("noverity")) {
         (Some(verity), None, None) if enforced && verity.starts_with("exit status: 0\n") => {}
-        // As much was asked for as can be had only after both refusals.
+        // The first stage mounts without verity only after both errors.
         (Some(verity), Some(digest), Some(noverity))
             if !enforced
-                && [&verity, &digest].iter().all(|refusal| {
-                    refusal.starts_with("exit status: 32\n") && refusal.contains(why_not)
+                && [&verity, &digest].iter().all(|result| {
+                    result.starts_with("exit status: 32\n") && result.contains(why_not)
                 })
                 && noverity.starts_with("exit status: 0\n") => {}
-        other => return Err(format!("the helper's answers in the first stage: {other:?}").into()),
+        other => {
+            return Err(format!("the helper's results in the first stage are {other:?}").into());
+        }
     }
 
-    let root = mount_at(Path::new("/")).ok_or("there is no root in mountinfo")?;
+    let root = mount_at(Path::new("/")).ok_or("mountinfo has no root")?;
     let has = |option: &str| root.options.iter().any(|other| other == option);
     if root.fs_type != "overlay" || !has("ro") || has("verity=require") != enforced {
-        return Err(format!("this is the root: {root:?}").into());
+        return Err(format!("the root has the wrong type or options: {root:?}").into());
     }
-    is_whole()?;
+    assert_root_is_whole()?;
     if has_verity {
         init_is_verified_object(guest)?;
     }
     initramfs_is_gone()
 }
 
-/// Of the disk with the objects, every file that the new root has, read anew.
-fn is_whole() -> Result<(), Error> {
+/// Checks every file of the new root after dropping the caches, so the kernel reads the disk again.
+fn assert_root_is_whole() -> Result<(), Error> {
     fs::write("/proc/sys/vm/drop_caches", "3")?;
     let mut names = fs::read_dir("/")?
         .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
         .collect::<Result<Vec<_>, Error>>()?;
     names.sort();
     if names != DIRECTORIES {
-        return Err(format!("in the root there are {names:?}").into());
+        return Err(format!("the root contains {names:?}").into());
     }
     if fs::read("/usr/data")? != data() {
-        return Err("/usr/data has not its content".into());
+        return Err("/usr/data has the wrong content".into());
     }
     match fs::write("/usr/data", "") {
         Err(error) if error.kind() == std::io::ErrorKind::ReadOnlyFilesystem => Ok(()),
-        other => Err(format!("writing to the root: {other:?}").into()),
+        other => Err(format!("a write to the root returned {other:?}").into()),
     }
 }
 
@@ -185,13 +203,16 @@ fn init_is_verified_object(guest: &Guest) -> Result<(), Error> {
     if exe != Path::new("/sbin/init") {
         return Err(format!("process 1 is {}", exe.display()).into());
     }
-    let running = compute_digest(Algorithm::Sha256, &fs::read("/proc/1/exe")?);
+    let running = Digest::of_bytes(Algorithm::Sha256, &fs::read("/proc/1/exe")?);
     let disk = guest.mount_disk(OBJECTS, Format::Ext4Verity, MountFlags::empty())?;
     let object = File::open(disk.join("objects").join(object_path(&running)))?;
     let measured = sealmount_sys::fsverity::measure(&object)?;
     match measured.digest() == running.as_bytes() {
         true => Ok(()),
-        false => Err(format!("process 1 runs {running}, its object is {measured:?}").into()),
+        false => {
+            Err(format!("process 1 runs {running}, but its object has the digest {measured:?}")
+                .into())
+        }
     }
 }
 
@@ -199,43 +220,46 @@ fn initramfs_is_gone() -> Result<(), Error> {
     if fs::exists(IMAGE)? {
         return Err(format!("{IMAGE} is in the new root").into());
     }
-    // Process 1 has kept it open: nothing but the empty mount point of the root is left in it.
+    // Process 1 keeps the root of the initramfs open. Only the empty mount point of the new root must
+    // be left.
     let old_root = format!("/proc/1/fd/{}", number("old_root")?);
     let left = fs::read_dir(&old_root).context(|| old_root)?;
     let left: Vec<_> = left.map(|entry| Ok(entry?.file_name())).collect::<Result<_, Error>>()?;
     if left != ["sysroot"] {
-        return Err(format!("left of the initramfs: {left:?}").into());
+        return Err(format!("the initramfs still contains {left:?}").into());
     }
     let (before, after) = (number("cached_kib.mounted")?, number("cached_kib.emptied")?);
-    println!("memory of files: {before} KiB with the initramfs, {after} KiB without");
+    println!("page cache: {before} KiB with the initramfs, {after} KiB without");
     if after + IMAGE_KIB > before {
         return Err(format!(
-            "of {before} KiB, emptying the initramfs left {after}, its image alone had {IMAGE_KIB}"
+            "the cache shrank only from {before} KiB to {after} KiB, but the image has {IMAGE_KIB} KiB"
         )
         .into());
     }
     let backing = loop_devices("");
     match backing.iter().all(|name| name.contains("memfd:sealmount:/image.cfs")) {
         true if backing.len() == 1 => Ok(()),
-        _ => Err(format!("loop devices: {backing:?}").into()),
+        _ => Err(format!("the loop devices have the wrong backing files: {backing:?}").into()),
     }
 }
 
-fn boot_with_wrong_digest(guest: &mut Guest) -> Result<(), Error> {
-    let asked = guest.command_line(DIGEST).ok_or("no digest on the command line")?;
-    let found = compute_digest(Algorithm::Sha256, &fs::read(IMAGE)?);
-    let message =
-        format!("mount.composefs: {IMAGE}: its fs-verity digest is {found}, not {asked}\n  hint: ");
+fn boot_with_wrong_digest_is_rejected(guest: &mut Guest) -> Result<(), Error> {
+    let requested = guest.command_line(DIGEST).ok_or("the kernel command line has no digest")?;
+    let found = Digest::of_bytes(Algorithm::Sha256, &fs::read(IMAGE)?);
+    let message = format!(
+        "mount.composefs: {IMAGE}: cannot verify the image: its fs-verity digest is {found}, expected \
+         {requested}\n  hint: "
+    );
     for name in ["verity", "digest", "noverity"] {
-        // The objects are looked at before the image is copied.
+        // sealmount samples the objects before it copies the image, so that error comes first.
         let expected = match note(NO_VERITY) {
-            Some(_) if name != "noverity" => "verity cannot be enforced on ",
+            Some(_) if name != "noverity" => NO_FS_VERITY,
             _ => &message,
         };
         match note(name) {
             Some(answer)
                 if answer.starts_with("exit status: 32\n") && answer.contains(expected) => {}
-            other => return Err(format!("with {name}, the helper answered {other:?}").into()),
+            other => return Err(format!("with {name}, the helper returned {other:?}").into()),
         }
     }
     match note("no_root") {
@@ -249,6 +273,6 @@ fn boot_with_wrong_digest(guest: &mut Guest) -> Result<(), Error> {
     let mounts = read("/proc/self/mountinfo")?;
     match (mounts.contains("sysroot"), loop_devices("").as_slice()) {
         (false, []) => Ok(()),
-        left => Err(format!("left of the attempts: {left:?}, {mounts}").into()),
+        left => Err(format!("mounts or loop devices are left: {left:?}, {mounts}").into()),
     }
 }

@@ -1,4 +1,4 @@
-//! The first stage: process 1 of an initramfs, after its modules are loaded.
+//! Runs the first stage: process 1 of an initramfs, after vm-init loaded the modules.
 
 use super::boot::{DIGEST, IMAGE, NO_VERITY, NOTES, OBJECTS};
 use super::system;
@@ -21,7 +21,7 @@ pub fn main() {
     let Err(error) = boot();
     eprintln!("boot-init: no root: {error}");
     let _ = fs::write(Path::new(NOTES).join("no_root"), error.to_string());
-    // Others would offer a shell here.
+    // A real initramfs would start a shell here.
     let error = Command::new("/init").exec();
     eprintln!("boot-init: cannot execute /init: {error}");
 }
@@ -45,30 +45,31 @@ fn boot() -> Result<Infallible, Error> {
         }
     }
     mount_root(&guest, &objects)?;
-    // The root holds on to it, and to nothing else: not to this mount.
-    unmount(&disk, UnmountFlags::empty()).context(|| "cannot unmount the objects' disk".into())?;
+    // The root keeps the file system in use, but must not need this mount.
+    unmount(&disk, UnmountFlags::empty())
+        .context(|| "cannot unmount the disk with the objects".into())?;
     note("cached_kib.mounted", cached_kib()?)?;
     switch_root()
 }
 
-/// With as much as can be had.
+/// Mounts the root with the strictest options that the kernel supports.
 fn mount_root(guest: &Guest, objects: &Path) -> Result<(), Error> {
-    let digest = guest.command_line(DIGEST).ok_or("no digest on the kernel's command line")?;
-    let mut said = String::new();
+    let digest = guest.command_line(DIGEST).ok_or("the kernel command line has no digest")?;
+    let mut stderr = String::new();
     for (name, verity) in [("verity", ",verity"), ("digest", ""), ("noverity", ",noverity")] {
         let options = format!("basedir={},copy{verity},digest={digest}", objects.display());
         let output = system::helper(Path::new(IMAGE), Path::new("/sysroot"), &options)?;
-        said = String::from_utf8_lossy(&output.stderr).into_owned();
-        eprint!("{said}");
-        note(name, format_args!("{}\n{said}", output.status))?;
+        stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        eprint!("{stderr}");
+        note(name, format_args!("{}\n{stderr}", output.status))?;
         if output.status.success() {
             return Ok(());
         }
     }
-    Err(said.into())
+    Err(stderr.into())
 }
 
-/// Goes on in /sysroot, and leaves nothing of what was before.
+/// Empties the initramfs and continues in /sysroot.
 fn switch_root() -> Result<Infallible, Error> {
     let old_root = File::open("/")?;
     for dir in ["dev", "proc", "sys", "run"] {
@@ -81,14 +82,14 @@ fn switch_root() -> Result<Infallible, Error> {
     chroot(".")?;
     chdir("/")?;
     note("cached_kib.emptied", cached_kib()?)?;
-    // For the scenario to look into.
+    // The scenario inspects the old root through this descriptor.
     note("old_root", old_root.as_raw_fd())?;
     fcntl_setfd(&old_root, FdFlags::empty())?;
     let error = Command::new("/sbin/init").exec();
     Err(format!("cannot execute the root's /sbin/init: {error}").into())
 }
 
-/// Removes what is below a directory and on its file system.
+/// Removes all files below a directory that are on its file system.
 fn empty(dir: &Path, device: u64) -> Result<(), Error> {
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
@@ -105,13 +106,13 @@ fn empty(dir: &Path, device: u64) -> Result<(), Error> {
     Ok(())
 }
 
-/// Memory of files, of an initramfs (tmpfs or ramfs) among others. Not the free memory: what is
-/// freed page by page counts as free late, processors keep lists of their own.
+/// Returns the memory of cached files, which includes an initramfs (tmpfs or ramfs). The free memory is
+/// not usable: CPUs keep lists of freed pages, which count as free only later.
 fn cached_kib() -> Result<u64, Error> {
     system::meminfo("Cached")
 }
 
 fn note(name: &str, text: impl std::fmt::Display) -> Result<(), Error> {
     fs::write(Path::new(NOTES).join(name), text.to_string())
-        .context(|| format!("cannot note {name}"))
+        .context(|| format!("cannot write the note {name}"))
 }

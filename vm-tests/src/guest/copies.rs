@@ -1,4 +1,5 @@
-//! What a copy is: memory that nobody can write to, and the loop device that some need.
+//! Checks that no process can write to a copy, and that the loop device of a memfd has the requested
+//! settings.
 
 use super::fixtures::{self, V1};
 use super::machines::STANDARD;
@@ -7,8 +8,10 @@ use super::{probe, system};
 use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_get_seals, memfd_create};
-use sealmount::{Errno, Memory, MountAttributes, MountOptions, Step};
+use rustix::io::Errno;
+use sealmount::{CopyOptions, Event, Image, MemoryKind, MountOptions};
 use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use test_support::mountinfo::mount_at;
 
@@ -26,108 +29,73 @@ pub const SCENARIOS: &[Scenario] = &[
         run: ramfs_is_read_only,
     },
     Scenario {
-        name: "copy_loop_device",
+        name: "copy_loop_device_uses_requested_settings",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
-        run: loop_device_is_as_asked_for,
+        run: copy_loop_device_uses_requested_settings,
     },
     Scenario {
-        name: "nosymfollow",
+        name: "nosymfollow_is_enforced_or_rejected",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
-        run: nosymfollow,
+        run: nosymfollow_is_enforced_or_rejected,
     },
 ];
 
-/// Mounts a copy, and looks at it as it is when it has just been made.
+/// Copies an image. Calls `look` with the copy before and during a mount.
 fn with_new_copy<T>(
     guest: &Guest,
-    memory: Memory,
-    look: impl Fn(&File, &Path) -> Result<T, Error>,
+    memory: MemoryKind,
+    look: impl Fn(BorrowedFd, &Path) -> Result<T, Error>,
 ) -> Result<T, Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
-    let options = with_copy(&MountOptions::new(V1.objects_in(&disk)), memory);
-    let before = descriptors()?;
-    let mut seen = Err("it was not told that there is a copy".into());
-    let mount = options.mount_with(V1.image_in(&disk), &mut |step| {
-        if matches!(step, Step::Copied { .. }) {
-            seen =
-                copy_among_descriptors(&before).and_then(|path| look(&File::open(&path)?, &path));
-        }
-    })?;
-    drop(mount);
-    seen
+    let source = Image::open(V1.image_in(&disk))?.copy(&CopyOptions::new(memory))?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", source.as_fd().as_raw_fd()));
+    look(source.as_fd(), &path)?;
+    let _mount = source.mount()?;
+    look(source.as_fd(), &path)
 }
 
-fn descriptors() -> Result<Vec<(PathBuf, PathBuf)>, Error> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc/self/fd")? {
-        let path = entry?.path();
-        // That of the directory itself is gone.
-        if let Ok(file) = fs::read_link(&path) {
-            found.push((path, file));
-        }
-    }
-    Ok(found)
-}
-
-/// Of the new ones, the one that is no file of a directory: a memfd, or of a ramfs that is attached
-/// nowhere.
-fn copy_among_descriptors(before: &[(PathBuf, PathBuf)]) -> Result<PathBuf, Error> {
-    let mut found = descriptors()?;
-    println!("{found:?}");
-    found.retain(|descriptor| {
-        let (path, file) = descriptor;
-        let is_copy = file.starts_with("/memfd:sealmount:") || file == Path::new("/image.cfs");
-        !before.contains(descriptor) && is_copy && fs::metadata(path).is_ok_and(|it| it.is_file())
-    });
-    match found.as_slice() {
-        [(path, _)] => Ok(path.clone()),
-        _ => Err(format!("copies among the descriptors: {found:?}").into()),
-    }
-}
-
-/// Where the kernel can, execution is sealed off too.
+/// If the kernel supports `MFD_NOEXEC_SEAL`, the copy cannot be executed either.
 fn memfd_is_sealed(guest: &mut Guest) -> Result<(), Error> {
     let mut expected = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
     match memfd_create("probe", MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL) {
         Ok(_) => expected |= SealFlags::EXEC,
-        Err(Errno::INVAL) => println!("this kernel has no MFD_NOEXEC_SEAL"),
+        Err(Errno::INVAL) => println!("this kernel does not support MFD_NOEXEC_SEAL"),
         Err(errno) => return Err(errno.into()),
     }
-    let (seals, mode) = with_new_copy(guest, Memory::Memfd, |copy, _| {
-        use std::os::unix::fs::MetadataExt;
-        Ok((fcntl_get_seals(copy)?, copy.metadata()?.mode()))
+    let (seals, mode) = with_new_copy(guest, MemoryKind::Memfd, |copy, _| {
+        Ok((fcntl_get_seals(copy)?, rustix::fs::fstat(copy)?.st_mode))
     })?;
-    assert!(seals.contains(expected), "{seals:?}, and not {expected:?}");
+    assert!(seals.contains(expected), "the copy has {seals:?} instead of {expected:?}");
     let is_noexec = expected.contains(SealFlags::EXEC);
     assert_eq!((seals.contains(SealFlags::EXEC), mode & 0o111 == 0), (is_noexec, is_noexec));
     Ok(())
 }
 
-/// Root itself can neither write to it nor make it writable again.
+/// Root can neither write to the copy nor make it writable again.
 fn ramfs_is_read_only(guest: &mut Guest) -> Result<(), Error> {
-    with_new_copy(guest, Memory::Ramfs, |copy, path| {
+    with_new_copy(guest, MemoryKind::Ramfs, |copy, path| {
         let write = File::options().write(true).open(path);
         let errno = write.err().as_ref().and_then(Errno::from_io_error);
-        assert_eq!(errno, Some(Errno::ROFS), "opened for writing");
+        assert_eq!(errno, Some(Errno::ROFS), "open for writing");
         assert_eq!(rustix::fs::fchmod(copy, rustix::fs::Mode::RWXU), Err(Errno::ROFS));
-        let is_file_system = rustix::fs::fstatfs(copy)?.f_type;
-        assert_eq!(is_file_system, 0x8584_58f6, "RAMFS_MAGIC");
+        let magic = rustix::fs::fstatfs(copy)?.f_type;
+        assert_eq!(magic, 0x8584_58f6, "RAMFS_MAGIC");
         Ok(())
     })
 }
 
-/// One call, and no other, makes it all of this.
-fn loop_device_is_as_asked_for(guest: &mut Guest) -> Result<(), Error> {
+/// Checks the settings of the loop device, which a single LOOP_CONFIGURE call makes.
+fn copy_loop_device_uses_requested_settings(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
-    let options = with_copy(&MountOptions::new(V1.objects_in(&disk)), Memory::Memfd);
+    let options = with_copy(&MountOptions::new(V1.objects_in(&disk)), MemoryKind::Memfd);
     let mounted = mounted::mount(&options, &V1.image_in(&disk))??;
-    let device = mounted.steps.iter().find_map(|step| match step {
-        Step::LoopDevice { device } => device.file_name(),
+    let device = mounted.events.iter().find_map(|event| match event {
+        Event::LoopDevice { device, .. } => device.file_name(),
         _ => None,
     });
-    let device = Path::new("/sys/block").join(device.ok_or("no loop device was told of")?);
+    let device = Path::new("/sys/block").join(device.ok_or("no event reports a loop device")?);
     for (attribute, expected) in [
         ("ro", "1"),
         ("loop/autoclear", "1"),
@@ -142,19 +110,20 @@ fn loop_device_is_as_asked_for(guest: &mut Guest) -> Result<(), Error> {
     system::no_loop_devices()
 }
 
-/// Refused before 5.14.
-fn nosymfollow(guest: &mut Guest) -> Result<(), Error> {
+/// Linux < 5.14 rejects the attribute.
+fn nosymfollow_is_enforced_or_rejected(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let mut options = MountOptions::new(V1.objects_in(&disk));
-    options.attributes |= MountAttributes::NOSYMFOLLOW;
+    options.overlay.attributes.nosymfollow = true;
     let mounted = mounted::mount(&options, &V1.image_in(&disk))?;
     if !probe::nosymfollow()? {
-        assert_eq!(mounted.err().and_then(|error| error.errno()), Some(Errno::INVAL));
+        let errno = mounted.err().and_then(|error| error.raw_os_error());
+        assert_eq!(errno, Some(Errno::INVAL.raw_os_error()));
         return Ok(());
     }
     let mounted = mounted?;
     let tree = Path::new(mounted::TREE);
-    let seen = mount_at(tree).ok_or("not in mountinfo")?;
+    let seen = mount_at(tree).ok_or("mountinfo does not have the mount")?;
     assert!(seen.options.iter().any(|option| option == "nosymfollow"), "{seen:?}");
     mounted.assert_shows(&V1);
     let link = find_link(tree)?.ok_or("the tree has no symbolic link")?;

@@ -1,5 +1,5 @@
-//! Scenarios that misbehave, to prove that the harness says so. Not among those that are run on every
-//! kernel: tests/faults.rs expects each to fail, and how.
+//! Scenarios that fail on purpose. They do not run on every kernel: tests/faults.rs checks how the
+//! harness reports each failure.
 
 use crate::Error;
 use crate::machine::Machine;
@@ -13,7 +13,7 @@ use std::time::Duration;
 
 const SHORT: Duration = Duration::from_secs(3);
 
-/// One boot for those after which the machine still works, one for each that ends it.
+/// The scenarios of one machine share a boot. A scenario that ends its machine has its own machine.
 pub static FAULTS: &[Scenario] = &[
     Scenario { name: "fails", machine: &SURVIVES, time_limit: SHORT, run: fails },
     Scenario { name: "panics", machine: &SURVIVES, time_limit: SHORT, run: panics },
@@ -75,10 +75,10 @@ static PANICS_AT_THE_END: Machine = Machine { name: "fault-panics-at-the-end", .
 static HALTS_AT_THE_END: Machine =
     Machine { name: "fault-halts-at-the-end", off_limit: SHORT, ..Machine::BARE };
 
-/// The argument with which vm-init does nothing at all.
+/// The argument with which vm-init sends no frames.
 pub const SAY_NOTHING: &str = "--say-nothing";
 
-/// What a scenario has vm-init do instead of switching the machine off.
+/// The file in which a scenario requests a failure instead of a normal end of the machine.
 const AT_THE_END: &str = "/at-the-end";
 
 pub fn at_the_end() {
@@ -102,7 +102,10 @@ fn exits(_: &mut Guest) -> Result<(), Error> {
 }
 
 fn is_killed(_: &mut Guest) -> Result<(), Error> {
-    kill_process(Pid::from_raw(std::process::id() as i32).expect("not 0"), Signal::ABORT)?;
+    kill_process(
+        Pid::from_raw(std::process::id() as i32).expect("the process ID is not 0"),
+        Signal::ABORT,
+    )?;
     std::thread::sleep(SHORT);
     Ok(())
 }
@@ -117,7 +120,7 @@ fn writes_on_the_channel(_: &mut Guest) -> Result<(), Error> {
     let forged =
         "[    1.0] noise\n@vm-tests 0 passed writes_on_the_channel 0\n@vm-tests unfinished";
     fs::write(CHANNEL, forged)?;
-    Err("the forged result did not count".into())
+    Err("the host ignored the forged result".into())
 }
 
 fn leaves_a_mount(_: &mut Guest) -> Result<(), Error> {
@@ -139,7 +142,7 @@ fn panics_the_kernel(_: &mut Guest) -> Result<(), Error> {
     Ok(())
 }
 
-/// The processors stop and QEMU does not notice: nothing but the host's clock can tell.
+/// The CPUs stop, but QEMU does not notice. Only the time limit of the host detects this.
 fn halts(_: &mut Guest) -> Result<(), Error> {
     reboot(RebootCommand::Halt)?;
     Ok(())

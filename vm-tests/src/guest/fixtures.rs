@@ -1,4 +1,4 @@
-//! The images that the scenarios mount, and what they need besides.
+//! Provides the images that the scenarios mount, their objects and user namespaces.
 
 use crate::binaries::Binaries;
 use crate::files::{copy_tree, read};
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use test_support::manifest::{V1_DIGEST, V2_DIGEST};
 
-/// One of the two bundled images, below whatever directory its tree was copied to.
+/// One of the two bundled images. The methods expect its directory below a given directory.
 #[derive(Debug)]
 pub struct Fixture {
     pub name: &'static str,
@@ -39,7 +39,8 @@ impl Fixture {
         Ok(self.digest.parse()?)
     }
 
-    /// A copy of the image and its objects in a new directory, the objects with fs-verity.
+    /// Copies the image and its objects to a new directory, and enables fs-verity on the copied
+    /// objects.
     pub fn copy_with_verity(&self, from: &Path, to: &Path) -> Result<(), Error> {
         copy_tree(&from.join(self.name), &to.join(self.name))?;
         for object in objects(&self.objects_in(to))? {
@@ -51,10 +52,10 @@ impl Fixture {
     }
 }
 
-/// Where the machines that have it have the mount helper.
+/// The path of the mount helper in the machines that have the helper.
 pub const HELPER: &str = "/sbin/mount.composefs";
 
-/// The objects of a directory, in the order in which the kernel lists it.
+/// Returns the objects of a directory, in the order in which the kernel lists them.
 pub fn objects(directory: &Path) -> Result<Vec<PathBuf>, Error> {
     let list = |directory: &Path| -> Result<Vec<PathBuf>, Error> {
         let entries = fs::read_dir(directory).context(|| directory.display().to_string())?;
@@ -71,6 +72,7 @@ pub fn enable_verity(file: &Path, algorithm: Algorithm) -> Result<(), Errno> {
     let id = match algorithm {
         Algorithm::Sha256 => fsverity::HASH_ALG_SHA256,
         Algorithm::Sha512 => fsverity::HASH_ALG_SHA512,
+        other => panic!("this scenario does not support {other}"),
     };
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     fsverity::enable(rustix::fs::open(file, flags, Mode::empty())?, id)
@@ -85,7 +87,7 @@ pub fn fill(_: &Binaries, directory: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Mounts a disk that [`fill`] filled, writable.
+/// Mounts a disk that [`fill`] filled, read-write.
 pub fn mount_objects(guest: &Guest, disk: &str) -> Result<PathBuf, Error> {
     let format = match disk {
         "btrfs" => Format::Btrfs,
@@ -95,19 +97,19 @@ pub fn mount_objects(guest: &Guest, disk: &str) -> Result<PathBuf, Error> {
     guest.mount_disk(disk, format, MountFlags::empty())
 }
 
-/// Those of these disks, as [`mount_objects`], whose file system the kernel has.
+/// Mounts each disk as [`mount_objects`] does, except disks whose file system the kernel lacks.
 pub fn mount_each(guest: &Guest, disks: &[&str]) -> Result<Vec<PathBuf>, Error> {
     let mut mounted = Vec::new();
     for disk in disks {
         match *disk == "btrfs" && !guest.has_file_system("btrfs")? {
-            true => println!("this kernel has no btrfs"),
+            true => println!("this kernel does not support btrfs"),
             false => mounted.push(mount_objects(guest, disk)?),
         }
     }
     Ok(mounted)
 }
 
-/// A user namespace, as long as this value lives.
+/// A user namespace, which ends when the value is dropped.
 pub struct UserNamespace {
     process: Child,
 }
@@ -125,7 +127,7 @@ impl Drop for UserNamespace {
     }
 }
 
-/// Makes a user namespace that maps 0 to `first_id` and so on.
+/// Creates a user namespace that maps ID 0 to `first_id`, and 65,535 more IDs in the same order.
 pub fn user_namespace(first_id: u32) -> Result<UserNamespace, Error> {
     let what = || "cannot make a user namespace".into();
     let mut process = Command::new("/proc/self/exe")
@@ -135,7 +137,12 @@ pub fn user_namespace(first_id: u32) -> Result<UserNamespace, Error> {
         .spawn()
         .context(what)?;
     let mut ready = [0];
-    process.stdout.as_mut().ok_or("no pipe")?.read_exact(&mut ready).context(what)?;
+    process
+        .stdout
+        .as_mut()
+        .ok_or("the process has no standard output")?
+        .read_exact(&mut ready)
+        .context(what)?;
     for map in ["uid_map", "gid_map"] {
         let path = format!("/proc/{}/{map}", process.id());
         fs::write(&path, format!("0 {first_id} 65536")).context(|| path.clone())?;

@@ -1,8 +1,8 @@
-//! Process 1: makes the machine ready, then runs what the host asks for.
+//! Runs as process 1: prepares the machine, then runs the scenarios that the host requests.
 
-use super::injected::STOP_AND_EXECUTE;
+use super::fault_injection::STOP_AND_EXECUTE;
 use super::scenarios::scenarios;
-use super::{faults, parallel};
+use super::{faults, parallel, stages};
 use crate::protocol::{CHANNEL, Frame, TOKEN};
 use crate::scenario::{Guest, Scenario, command_line};
 use crate::{Context, Error, first_stage};
@@ -15,36 +15,39 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
-/// The token of the frame that a scenario's process hands to process 1: it need not be told apart.
+/// The token of the frame that the process of a scenario passes to process 1. This frame does not need
+/// a secret token.
 const IN_PROCESS: &str = "scenario";
 
 /// Runs as process 1, or as the process of one scenario.
 pub fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     match &arguments[1..] {
-        [flag, name] if flag == "--scenario" => be_scenario(name),
-        [flag] if flag == "--user-namespace" => be_user_namespace(),
+        [flag, name] if flag == "--scenario" => run_as_scenario(name),
+        [flag] if flag == "--user-namespace" => hold_user_namespace(),
         [flag] if flag == parallel::TAKE_LOOP_DEVICES => {
-            parallel::take_loop_devices().expect("loop devices can be taken");
+            parallel::take_loop_devices().expect("cannot use loop devices");
+        }
+        [flag, image, objects] if flag == stages::HOLD_CLONES => {
+            stages::hold_clones(Path::new(image), Path::new(objects)).expect("cannot clone mounts");
         }
         [flag, program, arguments @ ..] if flag == STOP_AND_EXECUTE => {
-            nix::sys::signal::raise(nix::sys::signal::SIGSTOP).expect("a process may stop itself");
+            nix::sys::signal::raise(nix::sys::signal::SIGSTOP).expect("a process can stop itself");
             panic!("{program}: {}", Command::new(program).args(arguments).exec());
         }
         [flag, ..] if flag == faults::SAY_NOTHING => loop {
             std::thread::park();
         },
-        _ if std::process::id() == 1 => be_init(),
-        _ => eprintln!(
-            "vm-init is the first process of a virtual machine; it does nothing elsewhere."
-        ),
+        _ if std::process::id() == 1 => run_as_init(),
+        _ => eprintln!("vm-init: cannot run here: vm-init must be process 1 of a virtual machine"),
     }
 }
 
-fn be_init() {
+fn run_as_init() {
     if let Err(error) = serve() {
         eprintln!("vm-init: {error}");
         let unfit = Frame::Unfit { message: error.to_string() };
@@ -57,22 +60,24 @@ fn be_init() {
     let _ = reboot(RebootCommand::PowerOff);
 }
 
-/// Until the host says that it is enough.
+/// Serves requests until the host requests the end.
 fn serve() -> Result<(), Error> {
     mount_system_directories()?;
     load_modules()?;
     if let Ok(program) = fs::read_to_string(first_stage::TAKES_OVER) {
-        // It may stay in this root and be, or become, vm-init itself.
+        // The program may stay in this root and later execute vm-init again, which must not find the
+        // file.
         fs::remove_file(first_stage::TAKES_OVER)?;
         let error = Command::new(program.trim()).exec();
         return Err(format!("cannot execute {}: {error}", program.trim()).into());
     }
-    // From here on the kernel's own words about mounts are worth their time on a slow serial line.
+    // Scenarios need the kernel messages about mounts. Earlier messages would only delay the boot on
+    // the slow serial line.
     fs::write("/proc/sys/kernel/printk", "7")
         .context(|| "cannot set the console's log level".into())?;
 
     let token =
-        command_line(TOKEN)?.ok_or_else(|| format!("no {TOKEN} on the kernel command line"))?;
+        command_line(TOKEN)?.ok_or_else(|| format!("the kernel command line has no {TOKEN}"))?;
     let mut channel = open_channel()?;
     let mut requests = BufReader::new(channel.try_clone()?);
     let release = Guest::here().kernel_release();
@@ -87,12 +92,12 @@ fn serve() -> Result<(), Error> {
         match Frame::decode(&line, &token) {
             Ok(Frame::Run { scenario }) => {
                 let answer = run(&scenario);
-                // The log of the scenario has to be with the host before its result.
+                // The host must have the whole log of the scenario before its result.
                 let _ = tcdrain(std::io::stderr());
                 channel.write_all(answer.encode(&token).as_bytes())?;
             }
             Ok(Frame::Off) => return Ok(()),
-            Ok(other) => return Err(format!("the host said {other:?}").into()),
+            Ok(other) => return Err(format!("the host sent the unexpected frame {other:?}").into()),
             Err(_) => {}
         }
     }
@@ -100,7 +105,7 @@ fn serve() -> Result<(), Error> {
 
 fn mount_system_directories() -> Result<(), Error> {
     for (kind, dir) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
-        // A later root may be read-only and have it, and may have been given these mounts too.
+        // A later root may be read-only and already have these directories and mounts.
         let _ = fs::create_dir(dir);
         match mount(kind, dir, kind, MountFlags::empty(), None) {
             Ok(()) | Err(rustix::io::Errno::BUSY) => {}
@@ -110,8 +115,8 @@ fn mount_system_directories() -> Result<(), Error> {
     Ok(())
 }
 
-/// A module that cannot be loaded is left to the scenarios to miss: some are alternatives that fit
-/// other processors.
+/// Loads all modules. A failure is only logged, because some modules are alternatives for other CPUs. A
+/// scenario fails if it needs a missing module.
 fn load_modules() -> Result<(), Error> {
     let Ok(entries) = fs::read_dir(first_stage::MODULES) else {
         return Ok(());
@@ -128,7 +133,7 @@ fn load_modules() -> Result<(), Error> {
     Ok(())
 }
 
-/// Raw, so that requests are not echoed back as if they were answers.
+/// Opens the channel in raw mode, so that the terminal does not echo requests as answers.
 fn open_channel() -> Result<File, Error> {
     let channel = File::options()
         .read(true)
@@ -145,7 +150,7 @@ fn find(name: &str) -> Option<&'static Scenario> {
     scenarios().chain(faults::FAULTS).find(|scenario| scenario.name == name)
 }
 
-/// Runs a scenario in a process of its own and says how it ended.
+/// Runs a scenario in a new process and returns its result.
 fn run(name: &str) -> Frame {
     eprintln!("vm-init: scenario {name}");
     let started = Instant::now();
@@ -159,8 +164,8 @@ fn run(name: &str) -> Frame {
 }
 
 fn run_to_its_end(name: &str) -> Result<Frame, Error> {
-    let scenario = find(name).ok_or("this vm-init has no such scenario")?;
-    // A memory file rather than a pipe: it needs no reader, and nobody who inherits it keeps us waiting.
+    let scenario = find(name).ok_or("vm-init has no scenario of this name")?;
+    // A memfd needs no reader, unlike a pipe. A process that inherits a memfd cannot delay the end.
     let mut result = File::from(rustix::fs::memfd_create("result", MemfdFlags::CLOEXEC)?);
     let child = Command::new("/proc/self/exe")
         .args(["--scenario", name])
@@ -170,11 +175,12 @@ fn run_to_its_end(name: &str) -> Result<Frame, Error> {
         .context(|| "cannot start the scenario's process".into())?;
     let pid = Pid::from_child(&child);
     let status = wait_for(pid, scenario.time_limit);
-    // Whatever it started and left running. If the last of them is gone already, so much the better.
+    // The scenario may have left processes running. The kill fails if no process is left, which is
+    // fine.
     let _ = kill_process_group(pid, Signal::KILL);
     let Some(status) = status? else {
         return Err(format!(
-            "still running after its time limit of {:?}; killed",
+            "the scenario exceeded its time limit of {:?} and was killed",
             scenario.time_limit
         )
         .into());
@@ -187,12 +193,13 @@ fn run_to_its_end(name: &str) -> Result<Frame, Error> {
         Ok(frame @ (Frame::Passed { .. } | Frame::Failed { .. })) => Ok(frame),
         _ => {
             let status = ExitStatus::from_raw(status.as_raw());
-            Err(format!("its process ended without a result ({status})").into())
+            Err(format!("the process of the scenario ended without a result ({status})").into())
         }
     }
 }
 
-/// Waits for a process, and meanwhile does what process 1 is for: reaps all others. None: too late.
+/// Waits for a process. Meanwhile reaps all other processes, as process 1 must. Returns `None` if the
+/// process exceeded the time limit.
 fn wait_for(pid: Pid, time_limit: Duration) -> Result<Option<WaitStatus>, Error> {
     let deadline = Instant::now() + time_limit;
     let mut killed = false;
@@ -212,11 +219,11 @@ fn wait_for(pid: Pid, time_limit: Duration) -> Result<Option<WaitStatus>, Error>
     }
 }
 
-/// The scenario's own process. Its result goes to the memory file that is its standard input.
-fn be_scenario(name: &str) {
+/// Runs as the process of a scenario. Writes the result to the memfd on standard input.
+fn run_as_scenario(name: &str) {
     let result = std::io::stdin().as_fd().try_clone_to_owned().map(File::from);
     let mut result = result.expect("standard input is open");
-    // Scenarios start programs of their own, whose standard input is nothing of ours.
+    // Programs that a scenario starts must not inherit the memfd as standard input.
     let null = File::open("/dev/null").expect("/dev/null is in devtmpfs");
     rustix::stdio::dup2_stdin(&null).expect("standard input can be replaced");
 
@@ -227,7 +234,7 @@ fn be_scenario(name: &str) {
     let main_thread = std::thread::current().id();
     std::panic::set_hook(Box::new(move |info| {
         shown(info);
-        // A scenario may expect a thread of its own to panic; its main thread, never.
+        // A scenario may expect a panic in another thread, but not in its main thread.
         if std::thread::current().id() == main_thread {
             let frame =
                 Frame::Failed { scenario: name_of_panicked.clone(), message: info.to_string() };
@@ -236,18 +243,19 @@ fn be_scenario(name: &str) {
         }
     }));
 
-    let outcome = find(name).ok_or("no such scenario".into()).and_then(|scenario| {
-        own_mount_namespace()?;
-        (scenario.run)(&mut Guest::here())
-    });
+    let outcome =
+        find(name).ok_or("vm-init has no scenario of this name".into()).and_then(|scenario| {
+            own_mount_namespace()?;
+            (scenario.run)(&mut Guest::here())
+        });
     let frame = match outcome {
         Ok(()) => Frame::Passed { scenario: name.into() },
         Err(error) => Frame::Failed { scenario: name.into(), message: error.to_string() },
     };
-    result.write_all(frame.encode(IN_PROCESS).as_bytes()).expect("memory is not full");
+    result.write_all(frame.encode(IN_PROCESS).as_bytes()).expect("the memfd has space");
 }
 
-/// So that the mounts a scenario leaves behind are gone when the next one starts.
+/// Enters a new mount namespace, so that mounts of a scenario end with its process.
 fn own_mount_namespace() -> Result<(), Error> {
     sealmount_sys::unshare_mount_namespace().context(|| "cannot make a mount namespace".into())?;
     sealmount_sys::mount_setattr_private().context(|| "cannot make / private".into())?;
@@ -255,8 +263,8 @@ fn own_mount_namespace() -> Result<(), Error> {
 }
 
 /// Holds a user namespace until standard input is closed.
-fn be_user_namespace() {
-    sealmount_sys::unshare_user_namespace().expect("root may make a user namespace");
+fn hold_user_namespace() {
+    sealmount_sys::unshare_user_namespace().expect("root can create a user namespace");
     println!();
     let _ = std::io::stdin().read_line(&mut String::new());
 }

@@ -1,4 +1,4 @@
-//! The machines that several modules' scenarios run in.
+//! Defines the machines that scenarios of several modules use.
 
 use super::fixtures::{self, HELPER};
 use crate::Error;
@@ -7,7 +7,7 @@ use crate::machine::{Disk, Format, Machine};
 use std::fs;
 use std::path::Path;
 
-/// What most scenarios run in.
+/// The machine of most scenarios.
 pub static STANDARD: Machine = Machine {
     name: "standard",
     modules: &[
@@ -19,13 +19,13 @@ pub static STANDARD: Machine = Machine {
         "ext4",
         "btrfs",
         "vfat",
-        // vfat asks for its tables with request_module, which has no modprobe to call here.
+        // vfat requests its tables with request_module, but the machine has no modprobe.
         "nls_cp437",
         "nls_ascii",
         "nls_iso8859-1",
         "nls_utf8",
         "zram",
-        // fs-verity asks for its hash with request_module too.
+        // fs-verity requests its hash with request_module too.
         "sha512_generic",
     ],
     files: fill_initramfs,
@@ -38,14 +38,14 @@ pub static STANDARD: Machine = Machine {
     ..Machine::BARE
 };
 
-/// For scenarios that write over its disks.
+/// The machine of scenarios that overwrite its disks.
 pub static ERASED: Machine = Machine { name: "erased", ..STANDARD };
 
-/// For scenarios that take away, or use up, what others count on, and put it back: they have their
-/// own boot, and bring all they need.
+/// The machine of scenarios that remove or exhaust a resource that other scenarios need, and restore
+/// it.
 pub static SOLITARY: Machine = Machine {
     name: "solitary",
-    // The less there is, the sooner it is used up.
+    // A small memory is exhausted sooner.
     memory_mib: 320,
     modules: &["virtio_pci", "virtio_blk", "loop", "erofs", "overlay", "ext4"],
     files: fill_initramfs,
@@ -57,7 +57,7 @@ pub static SOLITARY: Machine = Machine {
 };
 
 /// The content of a file on each disk of [`STANDARD`].
-pub const CONTENT: &str = "what the host put here\n";
+pub const CONTENT: &str = "content from the host\n";
 
 fn fill_initramfs(binaries: &Binaries, root: &Path) -> Result<(), Error> {
     fixtures::fill(binaries, root)?;

@@ -1,17 +1,17 @@
-//! What is not there: /proc, loop devices, modules, the right to write, or to change the kernel. Each
-//! ends in an error that says what is missing, or is worked around.
+//! Mounts on systems that lack /proc, loop devices, modules, write access, or the right to change the
+//! kernel. Either the mount works without the missing part, or the error names that part.
 
 use super::fixtures::{self, Fixture, HELPER, V1, V2};
 use super::machines::SOLITARY;
 use super::probe;
-use super::system::{helper, no_loop_devices, refused, succeeded, unload};
+use super::system::{helper, no_loop_devices, rejected, succeeded, unload};
 use crate::machine::{Format, Machine};
 use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
-use sealmount::{Memory, MountOptions, Rung, Step, Verity};
+use sealmount::{MemoryKind, MountOptions, SourceMethod, Verity};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -19,17 +19,17 @@ use test_support::manifest::{ROOT, assert_is_manifest, assert_root_is};
 use test_support::mountinfo::mounts;
 
 pub const SCENARIOS: &[Scenario] = &[
-    scenario("missing_proc", missing_proc),
-    scenario("missing_loop_control", missing_loop_control),
-    scenario("missing_loop_nodes", missing_loop_nodes),
-    scenario("missing_loop_module", missing_loop_module),
-    scenario("missing_erofs_module", missing_erofs_module),
-    scenario("missing_overlay_module", missing_overlay_module),
-    scenario("missing_write_access", missing_write_access),
-    Scenario { machine: &LOCKED_DOWN, ..scenario("missing_lockdown", missing_lockdown) },
+    scenario("missing_proc_still_mounts", missing_proc_still_mounts),
+    scenario("missing_loop_control_is_reported", missing_loop_control_is_reported),
+    scenario("missing_loop_nodes_are_reported", missing_loop_nodes_are_reported),
+    scenario("missing_loop_module_is_reported", missing_loop_module_is_reported),
+    scenario("missing_erofs_module_is_reported", missing_erofs_module_is_reported),
+    scenario("missing_overlay_module_is_reported", missing_overlay_module_is_reported),
+    scenario("missing_write_access_still_mounts", missing_write_access_still_mounts),
+    Scenario { machine: &LOCKED_DOWN, ..scenario("lockdown_still_mounts", lockdown_still_mounts) },
 ];
 
-/// There is no way back from it.
+/// Lockdown cannot be undone, so it has its own machine.
 static LOCKED_DOWN: Machine = Machine { name: "locked-down", ..SOLITARY };
 
 const fn scenario(name: &'static str, run: fn(&mut Guest) -> Result<(), Error>) -> Scenario {
@@ -38,7 +38,7 @@ const fn scenario(name: &'static str, run: fn(&mut Guest) -> Result<(), Error>) 
 
 const TREE: &str = "/mnt/tree";
 
-/// Mounts the V1 image of a directory by the helper.
+/// Runs the helper with the V1 image of a directory.
 fn try_mount(directory: &Path, copy: &str) -> Result<Output, Error> {
     try_mount_of(&V1, directory, copy)
 }
@@ -49,8 +49,8 @@ fn try_mount_of(fixture: &Fixture, directory: &Path, copy: &str) -> Result<Outpu
     helper(&fixture.image_in(directory), Path::new(TREE), &options)
 }
 
-/// Mounts that of both formats, which must work.
-fn mounts_whole(directory: &Path, copy: &str) -> Result<(), Error> {
+/// Mounts the images of both formats and checks the trees.
+fn assert_mounts(directory: &Path, copy: &str) -> Result<(), Error> {
     for fixture in [&V1, &V2] {
         succeeded(&try_mount_of(fixture, directory, copy)?)?;
         assert_is_manifest(Path::new(TREE));
@@ -60,20 +60,20 @@ fn mounts_whole(directory: &Path, copy: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Those of the images' places from which EROFS mounts files as they are.
+/// Returns the directories from which EROFS mounts an image without a loop device.
 fn without_loop_devices(disk: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut places = Vec::new();
     for place in [disk, Path::new("/")] {
-        if probe::best_source(&V1.image_in(place))? != Rung::SourceByLoopDevice {
+        if probe::best_source(&V1.image_in(place))? != SourceMethod::LoopDevice {
             places.push(place.to_owned());
         }
     }
     Ok(places)
 }
 
-/// Without loop devices, a file is mounted where the kernel can do without, and all else refused
-/// with the same words. A ramfs is as good as a disk.
-fn needs_loop_devices(disk: &Path, without: &[PathBuf], said: &[&str]) -> Result<(), Error> {
+/// Checks the mounts without loop devices. A file mounts if the kernel mounts EROFS from it directly. A
+/// copy in a ramfs mounts if a file on the disk does. All other mounts fail with one message.
+fn needs_loop_devices(disk: &Path, without: &[PathBuf], expected: &[&str]) -> Result<(), Error> {
     let root = Path::new("/");
     for (place, copy, like) in [
         (disk, "", disk),
@@ -82,70 +82,60 @@ fn needs_loop_devices(disk: &Path, without: &[PathBuf], said: &[&str]) -> Result
         (root, ",copy=ramfs", disk),
     ] {
         match without.iter().any(|place| place == like) {
-            true => mounts_whole(place, copy)?,
-            false => refused(&try_mount(place, copy)?, 2, said)?,
+            true => assert_mounts(place, copy)?,
+            false => rejected(&try_mount(place, copy)?, 32, expected)?,
         }
     }
-    refused(&try_mount(disk, ",copy")?, 2, said)
+    rejected(&try_mount(disk, ",copy")?, 32, expected)
 }
 
-fn missing_proc(guest: &mut Guest) -> Result<(), Error> {
+fn missing_proc_still_mounts(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "images")?;
     let expected = probe::best_source(&V1.image_in(&disk))?;
     fs::create_dir_all(TREE)?;
     unmount("/proc", UnmountFlags::DETACH)?;
     if Path::new("/proc/self").exists() {
-        return Err("there still is a /proc".into());
+        return Err("/proc is still mounted".into());
     }
-    mounts_whole(&disk, "")?;
-    mounts_whole(&disk, ",copy")?;
+    assert_mounts(&disk, "")?;
+    assert_mounts(&disk, ",copy")?;
 
-    // The name of a descriptor is one in a procfs of its own.
+    // sealmount resolves the path of a descriptor in a private procfs.
     let source = |fixture: &Fixture, copy, objects: sealmount::Location| {
         let mut options = MountOptions::new(objects);
         options.copy = copy;
         if copy.is_some() {
             options.digest = Some(fixture.digest()?);
-            options.verity = Some(Verity::Off);
+            options.overlay.verity = Some(Verity::Off);
         }
-        let mut sources = Vec::new();
-        let image = File::open(fixture.image_in(&disk))?;
-        let mount = options.mount_with(image, &mut |step| {
-            use Rung::{SourceByDescriptor, SourceByLoopDevice, SourceByPath};
-            if let Step::Taken {
-                rung: rung @ (SourceByDescriptor | SourceByPath | SourceByLoopDevice),
-            } = step
-            {
-                sources.push(rung);
-            }
-        })?;
+        let mount = options.mount(File::open(fixture.image_in(&disk))?)?;
+        let method = mount.report().ok_or("the mount has no report")?.erofs.method;
         mount.attach(TREE)?;
         assert_is_manifest(Path::new(TREE));
         unmount(TREE, UnmountFlags::empty())?;
-        Ok::<_, Error>(sources)
+        Ok::<_, Error>(method)
     };
     for fixture in [&V1, &V2] {
         let objects = File::open(fixture.objects_in(&disk))?;
         let found = [
             source(fixture, None, fixture.objects_in(&disk).into())?,
             source(fixture, None, objects.into())?,
-            source(fixture, Some(Memory::Ramfs), fixture.objects_in(&disk).into())?,
-            source(fixture, Some(Memory::Memfd), fixture.objects_in(&disk).into())?,
+            source(fixture, Some(MemoryKind::Ramfs), fixture.objects_in(&disk).into())?,
+            source(fixture, Some(MemoryKind::Memfd), fixture.objects_in(&disk).into())?,
         ];
-        let loop_device = Rung::SourceByLoopDevice;
-        if found != [expected, expected, expected, loop_device].map(|rung| vec![rung]) {
-            return Err(format!("without /proc the sources were {found:?}").into());
+        if found != [expected, expected, expected, SourceMethod::LoopDevice] {
+            return Err(format!("unexpected source methods without /proc: {found:?}").into());
         }
     }
 
     let other_namespace = Command::new(HELPER)
         .args(["-N", "1", "-o", "basedir=/v1/objects", "/v1/image.cfs", TREE])
         .output()?;
-    refused(&other_namespace, 32, &["/proc/1/ns/mnt", "No such file or directory"])?;
+    rejected(&other_namespace, 32, &["/proc/1/ns/mnt", "No such file or directory"])?;
     no_loop_devices()
 }
 
-/// A /dev with nothing in it but what is named, for this scenario alone.
+/// Mounts an empty /dev for this scenario, with /dev/null and perhaps /dev/loop-control.
 fn empty_dev(loop_control: bool) -> Result<(), Error> {
     mount("dev", "/dev", "tmpfs", MountFlags::empty(), None)?;
     let mode = Mode::RUSR | Mode::WUSR;
@@ -162,7 +152,7 @@ fn make_loop_control(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn missing_loop_control(guest: &mut Guest) -> Result<(), Error> {
+fn missing_loop_control_is_reported(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "images")?;
     let without = without_loop_devices(&disk)?;
     empty_dev(false)?;
@@ -173,60 +163,60 @@ fn missing_loop_control(guest: &mut Guest) -> Result<(), Error> {
     )
 }
 
-/// As in a container whose /dev was made once and for all.
-fn missing_loop_nodes(guest: &mut Guest) -> Result<(), Error> {
+/// A container can have a static /dev, which does not show new loop devices.
+fn missing_loop_nodes_are_reported(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "images")?;
     empty_dev(true)?;
-    let said = ["no loop device to be had", "/dev/loop", "No such file or directory"];
-    refused(&try_mount(&disk, ",copy")?, 2, &said)?;
+    let expected = ["/dev/loop", "no free loop device after", "No such file or directory"];
+    rejected(&try_mount(&disk, ",copy")?, 2, &expected)?;
     no_loop_devices()
 }
 
-fn missing_loop_module(guest: &mut Guest) -> Result<(), Error> {
+fn missing_loop_module_is_reported(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "images")?;
     let without = without_loop_devices(&disk)?;
     let Some(_unloaded) = unload("loop")? else {
-        return mounts_whole(&disk, ",copy");
+        return assert_mounts(&disk, ",copy");
     };
-    let hint = "there are no loop devices: load the module loop";
+    let hint = "load the module loop: this system has no loop devices";
     needs_loop_devices(&disk, &without, &["/dev/loop-control: ", "No such file", hint])?;
-    // Where nodes do not come and go with the drivers.
+    // A static /dev still has the node.
     empty_dev(true)?;
     needs_loop_devices(&disk, &without, &["/dev/loop-control: ", "No such device", hint])
 }
 
-fn missing_erofs_module(guest: &mut Guest) -> Result<(), Error> {
+fn missing_erofs_module_is_reported(guest: &mut Guest) -> Result<(), Error> {
     missing_file_system(
         guest,
         "erofs",
-        "this kernel has no EROFS: load the module erofs, or enable CONFIG_EROFS_FS",
+        "load the module erofs, or enable CONFIG_EROFS_FS: this kernel has no EROFS",
     )
 }
 
-fn missing_overlay_module(guest: &mut Guest) -> Result<(), Error> {
+fn missing_overlay_module_is_reported(guest: &mut Guest) -> Result<(), Error> {
     missing_file_system(
         guest,
         "overlay",
-        "this kernel has no overlayfs: load the module overlay, or enable CONFIG_OVERLAY_FS",
+        "load the module overlay, or enable CONFIG_OVERLAY_FS: this kernel has no overlayfs",
     )
 }
 
 fn missing_file_system(guest: &Guest, name: &str, hint: &str) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "images")?;
     let Some(unloaded) = unload(name)? else {
-        return mounts_whole(&disk, ",copy");
+        return assert_mounts(&disk, ",copy");
     };
     let message = format!("{name}: cannot open the file system type: No such device");
     for copy in ["", ",copy", ",copy,tryverity"] {
-        refused(&try_mount(&disk, copy)?, 32, &[&message, hint])?;
+        rejected(&try_mount(&disk, copy)?, 32, &[&message, hint])?;
     }
     no_loop_devices()?;
-    // The next attempt works once the module is there.
+    // A mount must work after the module is loaded again.
     drop(unloaded);
-    mounts_whole(&disk, ",copy")
+    assert_mounts(&disk, ",copy")
 }
 
-fn missing_write_access(guest: &mut Guest) -> Result<(), Error> {
+fn missing_write_access_still_mounts(guest: &mut Guest) -> Result<(), Error> {
     let disk = guest.mount_disk("images", Format::Ext4, MountFlags::RDONLY)?;
     fs::create_dir_all(TREE)?;
     for mount in mounts() {
@@ -238,32 +228,32 @@ fn missing_write_access(guest: &mut Guest) -> Result<(), Error> {
         match File::create(&path) {
             Err(error) if Errno::from_io_error(&error) == Some(Errno::ROFS) => {}
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            other => return Err(format!("{} could be made: {other:?}", path.display()).into()),
+            other => return Err(format!("creating {} returned {other:?}", path.display()).into()),
         }
     }
     for directory in [&disk, Path::new("/")] {
-        mounts_whole(directory, "")?;
-        mounts_whole(directory, ",copy")?;
+        assert_mounts(directory, "")?;
+        assert_mounts(directory, ",copy")?;
     }
     no_loop_devices()
 }
 
-/// What root may still do where the kernel protects itself from root.
-fn missing_lockdown(guest: &mut Guest) -> Result<(), Error> {
+/// In lockdown, the kernel protects itself from root. Mounts still work.
+fn lockdown_still_mounts(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "images")?;
     let lockdown = Path::new("/sys/kernel/security/lockdown");
     if guest.has_file_system("securityfs")? && !lockdown.exists() {
         mount("securityfs", "/sys/kernel/security", "securityfs", MountFlags::empty(), None)?;
     }
     if !lockdown.exists() {
-        println!("this kernel has no lockdown: nothing to show");
+        println!("this kernel does not support lockdown");
         return Ok(());
     }
     fs::write(lockdown, "confidentiality").context(|| format!("cannot write {lockdown:?}"))?;
     let level = fs::read_to_string(lockdown)?;
     assert!(level.contains("[confidentiality]"), "{level}");
     for copy in ["", ",copy", ",copy=ramfs"] {
-        mounts_whole(&disk, copy)?;
+        assert_mounts(&disk, copy)?;
     }
     no_loop_devices()
 }

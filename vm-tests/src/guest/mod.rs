@@ -1,36 +1,38 @@
-//! The guest side: the scenarios, and what they are given.
+//! The guest side: the scenarios and process 1.
 //!
-//! A scenario is a function and an entry in a list of its module, which scenarios.rs names:
+//! A scenario is a function and an entry in the list of its module. scenarios.rs joins these lists:
 //!
 //! ```ignore
 //! pub const SCENARIOS: &[Scenario] = &[Scenario {
-//!     name: "digest_wrong",
-//!     machine: &STANDARD, // or one of its own: Machine { name: "…", ..STANDARD }
+//!     name: "wrong_digest_is_rejected",
+//!     machine: &STANDARD, // or a machine of its own: Machine { name: "…", ..STANDARD }
 //!     time_limit: Scenario::TIME_LIMIT,
-//!     run: digest_wrong,
+//!     run: wrong_digest_is_rejected,
 //! }];
 //! ```
 //!
-//! Its standard output and standard error are the console, which is shown when it fails.
+//! Standard output and standard error of a scenario go to the console, which the host prints if the
+//! scenario fails.
 
 mod basics;
 mod boot;
 mod boot_init;
 mod copies;
 mod digest;
+mod fallbacks;
+mod fault_injection;
 mod faults;
 mod fixtures;
 mod init;
-mod injected;
 mod machines;
 mod missing;
 mod mounted;
 mod objects;
 mod parallel;
-mod pinned;
 mod probe;
-mod rungs;
 mod scenarios;
+mod source_released;
+mod stages;
 mod swap;
 mod system;
 mod trees;

@@ -1,31 +1,37 @@
-//! A mount as the scenarios look at it, and what a mount that is gone or was refused must not leave.
+//! Mounts images for the scenarios, checks the mounts, and finds traces that a removed or failed mount
+//! left.
 
 use super::fixtures::{Fixture, HELPER, V2};
 use crate::{Context, Error};
+use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
-use sealmount::{Digest, Memory, MountOptions, ObjectVerity, Step, VerifiedBy, Verity};
+use sealmount::{
+    Digest, Event, MemoryKind, MountOptions, ObjectVerity, Operation, VerifiedBy, Verity,
+};
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use test_support::manifest::{ROOT, assert_has_hard_link, assert_is_manifest, assert_root_is};
 use test_support::mountinfo::{self, Mount};
 
-/// Where they are mounted, if one is enough.
+/// The mount point of scenarios that need only one mount point.
 pub const TREE: &str = "/tree";
 
-/// The kinds of memory that an image can be copied to.
-pub const MEMORIES: [Memory; 2] = [Memory::Memfd, Memory::Ramfs];
+/// The kinds of memory for copies of an image.
+pub const MEMORIES: [MemoryKind; 2] = [MemoryKind::Memfd, MemoryKind::Ramfs];
 
-/// A mount, and what the library told of it.
+/// A mount and the events of the library.
 #[derive(Debug)]
 pub struct Mounted {
     root: PathBuf,
-    pub steps: Vec<Step>,
-    pub verity: ObjectVerity,
+    /// All events except the progress of a copy.
+    pub events: Vec<Event>,
+    pub verity: Option<ObjectVerity>,
 }
 
-/// Mounts an image on [`TREE`]. The outer error is the scenario's.
+/// Mounts an image on [`TREE`]. The outer error means that the scenario itself failed.
 pub fn mount(
     options: &MountOptions,
     image: &Path,
@@ -40,15 +46,19 @@ pub fn mount_on(
 ) -> Result<Result<Mounted, sealmount::Error>, Error> {
     fs::create_dir_all(root)?;
     println!("{}: {}", image.display(), options.to_text().display());
-    let mut steps = Vec::new();
-    let mount = options.mount_with(image, &mut |step| {
-        println!("  {step}");
-        steps.push(step);
+    let mut events = Vec::new();
+    let mount = options.mount_with_events(image, &mut |event| {
+        if !matches!(event, Event::Copying(_)) {
+            println!("  {event}");
+            events.push(event);
+        }
+        ControlFlow::Continue(())
     });
     Ok(match mount {
         Ok(mount) => {
             let verity = mount.verity();
-            mount.attach(root).map(|()| Mounted { root: root.to_owned(), steps, verity })
+            let root = root.to_owned();
+            mount.attach(&root).map(|()| Mounted { root, events, verity }).map_err(Into::into)
         }
         Err(error) => {
             println!("  {error}");
@@ -57,16 +67,22 @@ pub fn mount_on(
     })
 }
 
+/// Returns whether `error` reports this failed system call.
+pub fn is_failure(error: &sealmount::Error, operation: Operation, errno: Errno) -> bool {
+    let found = error.kernel().map(|error| (error.operation(), error.raw_os_error()));
+    found == Some((operation, errno.raw_os_error()))
+}
+
 impl Mounted {
-    /// Who found out that the image has the digest asked for.
+    /// Returns whether the kernel or sealmount computed the digest of the image.
     pub fn verified_by(&self) -> Option<VerifiedBy> {
-        self.steps.iter().find_map(|step| match step {
-            Step::DigestVerified { by, .. } => Some(*by),
+        self.events.iter().find_map(|event| match event {
+            Event::DigestVerified { by, .. } => Some(*by),
             _ => None,
         })
     }
 
-    /// Of a mount without upper layer.
+    /// Checks the tree of a mount without an upper layer.
     pub fn assert_shows(&self, fixture: &Fixture) {
         assert_is_manifest(&self.root);
         assert_root_is(&self.root, ROOT);
@@ -82,7 +98,7 @@ impl Mounted {
     }
 }
 
-pub fn with_copy(options: &MountOptions, memory: Memory) -> MountOptions {
+pub fn with_copy(options: &MountOptions, memory: MemoryKind) -> MountOptions {
     let mut options = options.clone();
     options.copy = Some(memory);
     options
@@ -90,7 +106,7 @@ pub fn with_copy(options: &MountOptions, memory: Memory) -> MountOptions {
 
 pub fn with_verity(options: &MountOptions, verity: Verity) -> MountOptions {
     let mut options = options.clone();
-    options.verity = Some(verity);
+    options.overlay.verity = Some(verity);
     options
 }
 
@@ -100,7 +116,7 @@ pub fn with_digest(options: &MountOptions, digest: Digest) -> MountOptions {
     options
 }
 
-/// What the helper printed on standard error, and its exit status.
+/// Runs the helper. Returns its exit status and its standard error.
 pub fn mount_with_helper(image: &Path, arguments: &[&str]) -> Result<(Option<i32>, String), Error> {
     fs::create_dir_all(TREE)?;
     let output = Command::new(HELPER)
@@ -113,7 +129,7 @@ pub fn mount_with_helper(image: &Path, arguments: &[&str]) -> Result<(Option<i32
     Ok((output.status.code(), text))
 }
 
-/// What a mount takes that outlasts it if somebody is careless.
+/// The resources of a mount that a bug could leave behind.
 #[derive(Debug, PartialEq)]
 pub struct Traces {
     mounts: Vec<Mount>,
@@ -130,8 +146,8 @@ impl Traces {
         })
     }
 
-    /// That nothing came or went since. The kernel lets go of a loop device a moment after its last
-    /// use.
+    /// Checks that the resources are unchanged. Waits, because the kernel releases a loop device
+    /// shortly after its last use.
     pub fn assert_same_now(&self) -> Result<(), Error> {
         let started = Instant::now();
         while *self != Traces::now()? && started.elapsed() < Duration::from_secs(5) {

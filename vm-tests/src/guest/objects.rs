@@ -1,4 +1,4 @@
-//! Objects that can have no fs-verity, with `verity`: refused while nothing has been done.
+//! Checks objects without fs-verity: with `verity`, sealmount rejects them before it mounts anything.
 
 use super::fixtures::{self, V1, V2};
 use super::machines::STANDARD;
@@ -8,26 +8,29 @@ use crate::Error;
 use crate::files::copy_tree;
 use crate::scenario::{Guest, Scenario};
 use rustix::mount::MountFlags;
-use sealmount::{Error as Refused, Memory, MountOptions, NotVerity, ObjectVerity, Verity};
+use sealmount::{
+    Error as MountError, MemoryKind, MountOptions, ObjectVerity, OverlayError, Verity,
+    VerityUnavailable,
+};
 use std::fs;
 use std::path::Path;
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
-        name: "objects_without_verity",
+        name: "objects_without_verity_are_rejected",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
-        run: each_is_refused,
+        run: objects_without_verity_are_rejected,
     },
     Scenario {
-        name: "objects_partly_without_verity",
+        name: "objects_partly_without_verity_are_rejected",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
-        run: one_of_two,
+        run: objects_partly_without_verity_are_rejected,
     },
 ];
 
-fn each_is_refused(guest: &mut Guest) -> Result<(), Error> {
+fn objects_without_verity_are_rejected(guest: &mut Guest) -> Result<(), Error> {
     let tmpfs = Path::new("/mnt/objects");
     fs::create_dir_all(tmpfs)?;
     rustix::mount::mount("tmpfs", tmpfs, "tmpfs", MountFlags::empty(), None)?;
@@ -40,9 +43,9 @@ fn each_is_refused(guest: &mut Guest) -> Result<(), Error> {
             let image = fixture.image_in(Path::new("/"));
             let none = MountOptions::new(objects.as_path());
             let verity = with_verity(&none, Verity::Require);
-            // A digest implies it.
-            let digest = with_digest(&with_copy(&none, Memory::Ramfs), fixture.digest()?);
-            for options in [&verity, &with_copy(&verity, Memory::Memfd), &digest] {
+            // A digest implies verity.
+            let digest = with_digest(&with_copy(&none, MemoryKind::Ramfs), fixture.digest()?);
+            for options in [&verity, &with_copy(&verity, MemoryKind::Memfd), &digest] {
                 let before = Traces::now()?;
                 assert_unsupported(mounted::mount(options, &image)?.err(), &objects);
                 before.assert_same_now()?;
@@ -50,17 +53,18 @@ fn each_is_refused(guest: &mut Guest) -> Result<(), Error> {
         }
     }
 
-    // The caller who can do without is told.
+    // With verity=try, the library mounts the image and reports the reason.
     let objects = V1.objects_in(&places[1]);
     let options = with_verity(&MountOptions::new(objects), Verity::Try);
     let mounted = mounted::mount(&options, &V1.image_in(Path::new("/")))??;
-    assert_eq!(mounted.verity, ObjectVerity::UnsupportedByObjects(NotVerity::Unsupported));
+    let expected = ObjectVerity::UnsupportedByObjects(VerityUnavailable::Unsupported);
+    assert_eq!(mounted.verity, Some(expected));
     mounted.assert_shows(&V1);
     mounted.unmount()
 }
 
-/// The second of two object directories is looked at as well.
-fn one_of_two(guest: &mut Guest) -> Result<(), Error> {
+/// Checks that sealmount samples the second object directory too.
+fn objects_partly_without_verity_are_rejected(guest: &mut Guest) -> Result<(), Error> {
     let with = fixtures::mount_objects(guest, "ext4-verity")?;
     if !can_verify(&V1, &with)? {
         return Ok(());
@@ -69,19 +73,22 @@ fn one_of_two(guest: &mut Guest) -> Result<(), Error> {
     V1.copy_with_verity(&with, &copy)?;
     let without = V1.objects_in(&fixtures::mount_objects(guest, "ext4")?);
     let mut options = MountOptions::new(V1.objects_in(&copy));
-    options.basedirs.push(without.as_path().into());
-    options.verity = Some(Verity::Require);
+    options.overlay.objects.push(without.as_path().into());
+    options.overlay.verity = Some(Verity::Require);
     let before = Traces::now()?;
     assert_unsupported(mounted::mount(&options, &V1.image_in(&with))?.err(), &without);
     before.assert_same_now()
 }
 
-fn assert_unsupported(error: Option<Refused>, objects: &Path) {
+fn assert_unsupported(error: Option<MountError>, objects: &Path) {
     match &error {
-        Some(Refused::ObjectsNotVerity { path, reason: NotVerity::Unsupported })
-            if path == objects => {}
+        Some(MountError::Overlay(OverlayError::ObjectsVerityUnavailable {
+            path,
+            reason: VerityUnavailable::Unsupported,
+            ..
+        })) if path == objects => {}
         _ => panic!("{error:?}"),
     }
-    let hint = error.and_then(|error| error.hint()).unwrap_or_default();
-    assert!(hint.contains("-O verity"), "{hint:?}");
+    let hint = error.and_then(|error| error.hint());
+    assert!(hint.is_some_and(|hint| hint.for_options().contains("-O verity")), "{hint:?}");
 }

@@ -1,5 +1,5 @@
-//! Many mounts at the same time, each of which needs a loop device: the images lie on a tmpfs, which
-//! EROFS mounts no file of.
+//! Makes many mounts at the same time. Each needs a loop device, because EROFS cannot mount images on a
+//! tmpfs directly.
 
 use super::fixtures::{HELPER, V1};
 use super::machines::SOLITARY;
@@ -11,7 +11,7 @@ use crate::{Context, Error};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
-use sealmount::Rung;
+use sealmount::SourceMethod;
 use sealmount_sys::loop_device;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
@@ -23,23 +23,23 @@ use test_support::manifest::assert_is_manifest;
 use test_support::mountinfo::{loop_devices, mounts};
 
 pub const SCENARIOS: &[Scenario] = &[Scenario {
-    name: "parallel_mounts",
+    name: "parallel_mounts_all_get_loop_devices",
     machine: &PARALLEL,
     time_limit: Duration::from_secs(240),
-    run: parallel_mounts,
+    run: parallel_mounts_all_get_loop_devices,
 }];
 
 static PARALLEL: Machine = Machine { name: "parallel", tier: Tier::Ci, ..SOLITARY };
 
 const MOUNTS: usize = 64;
 const ROUNDS: usize = 10;
-/// How many other processes take loop devices meanwhile.
+/// The number of other processes that use loop devices meanwhile.
 const OTHERS: usize = 3;
-/// The argument with which vm-init is one of them.
+/// The argument with which vm-init becomes one of these processes.
 pub const TAKE_LOOP_DEVICES: &str = "--take-loop-devices";
 
-fn parallel_mounts(_: &mut Guest) -> Result<(), Error> {
-    // The kernel has a line for every use of a loop device, and the console takes its time.
+fn parallel_mounts_all_get_loop_devices(_: &mut Guest) -> Result<(), Error> {
+    // The kernel logs every use of a loop device, and the console is slow.
     let log_level = fs::read("/proc/sys/kernel/printk")?;
     fs::write("/proc/sys/kernel/printk", "4")?;
     let result = ten_rounds();
@@ -48,38 +48,41 @@ fn parallel_mounts(_: &mut Guest) -> Result<(), Error> {
 }
 
 fn ten_rounds() -> Result<(), Error> {
-    // Copies in a memfd need one. A kernel to come may mount files of a tmpfs without.
+    // A copy in a memfd always needs a loop device. A future kernel may mount files on a tmpfs without
+    // a loop device.
     let image = V1.image_in(Path::new("/"));
-    let without = probe::best_source(&image)? != Rung::SourceByLoopDevice;
+    let without = probe::best_source(&image)? != SourceMethod::LoopDevice;
     let least_devices = if without { MOUNTS / 2 } else { MOUNTS };
     let before = (mounts().len(), directories()?);
     let mut taken = 0;
     for round in 0..ROUNDS {
-        // Loop devices are made on demand and stay. This leaves as few as there are after booting,
-        // so that every round runs short of them. Where they are built in, the first one does.
+        // The kernel creates loop devices on demand and keeps them. Unloading the module removes them,
+        // so every round starts with too few. If the driver is built in, only the first round does.
         let is_new = unload("loop")?.is_some() || round == 0;
         let free = fs::read_dir("/sys/block")?.flatten();
         let free = free.filter(|entry| entry.file_name().as_bytes().starts_with(b"loop")).count();
         println!("round {round}: {free} loop devices before");
         if is_new && free >= MOUNTS {
-            return Err(format!("{free} loop devices are too many to run short").into());
+            return Err(format!("cannot exhaust the loop devices: {free} are free").into());
         }
         taken += mount_among_others(round, least_devices)
             .context(|| format!("round {round} of {ROUNDS}"))?;
         no_loop_devices()?;
         let after = (mounts().len(), directories()?);
         if after != before {
-            return Err(format!("mounts and directories: {before:?}, then {after:?}").into());
+            return Err(
+                format!("mounts and directories changed from {before:?} to {after:?}").into()
+            );
         }
     }
-    println!("others took a loop device {taken} times");
+    println!("other processes configured {taken} loop devices");
     match taken >= MOUNTS {
         true => Ok(()),
-        false => Err("that is too little to come in anyone's way".into()),
+        false => Err("other processes configured too few loop devices".into()),
     }
 }
 
-/// How many loop devices the others took.
+/// Mounts while other processes use loop devices. Returns how many devices those processes configured.
 fn mount_among_others(round: usize, least_devices: usize) -> Result<usize, Error> {
     let other = |_| {
         Command::new("/proc/self/exe")
@@ -93,16 +96,16 @@ fn mount_among_others(round: usize, least_devices: usize) -> Result<usize, Error
     let result = mount_at_once(round, least_devices);
     let mut taken = 0;
     for other in others {
-        // Its standard input is closed first: then it has taken enough.
+        // wait_with_output closes the standard input of the process, which ends the process.
         let output = other.wait_with_output()?;
         let count = String::from_utf8(output.stdout)?;
-        let said = || format!("another user of loop devices ended with {}", output.status);
-        taken += count.trim().parse::<usize>().context(said)?;
+        let failure = || format!("another user of loop devices ended with {}", output.status);
+        taken += count.trim().parse::<usize>().context(failure)?;
     }
     result.map(|()| taken)
 }
 
-/// Starts as many helpers, half of them with copy, looks at their mounts and unmounts them.
+/// Starts [`MOUNTS`] helpers, half of them with `copy`. Checks and removes their mounts.
 fn mount_at_once(round: usize, least_devices: usize) -> Result<(), Error> {
     let root = Path::new("/tmp/parallel");
     fs::create_dir_all(root)?;
@@ -130,20 +133,23 @@ fn mount_at_once(round: usize, least_devices: usize) -> Result<(), Error> {
         failures.extend(system::succeeded(&output).err().map(|error| error.to_string()));
     }
     if !failures.is_empty() {
-        return Err(format!("{} of {MOUNTS} failed: {failures:?}", failures.len()).into());
+        return Err(format!("{} of {MOUNTS} mounts failed: {failures:?}", failures.len()).into());
     }
 
     let devices = loop_devices("image.cfs").len();
     let mounted = mounts().iter().filter(|mount| mount.mount_point.starts_with(root)).count();
     if mounted != MOUNTS || !(least_devices..=MOUNTS).contains(&devices) {
-        return Err(format!("{mounted} mounts, {devices} loop devices").into());
+        return Err(format!(
+            "expected {MOUNTS} mounts, but found {mounted} with {devices} loop devices"
+        )
+        .into());
     }
     for mount_point in &mount_points {
-        // A small file from the image, a large one from the objects.
+        // The small file is stored in the image, the large file in an object.
         if fs::read_to_string(mount_point.join("hello.txt"))?.is_empty()
             || fs::read(mount_point.join("data/70000"))?.len() != 70_000
         {
-            return Err(format!("{} has not the content", mount_point.display()).into());
+            return Err(format!("{} has the wrong content", mount_point.display()).into());
         }
     }
     assert_is_manifest(&mount_points[round * 7 % MOUNTS]);
@@ -155,8 +161,8 @@ fn mount_at_once(round: usize, least_devices: usize) -> Result<(), Error> {
     Ok(())
 }
 
-/// What others do, until standard input is closed: take a free loop device and let go of it, and mind
-/// losing a race no more than anyone should. Tells how often it had one.
+/// Configures and releases free loop devices until standard input is closed. Ignores lost races. Prints
+/// the number of configured devices.
 pub fn take_loop_devices() -> Result<(), Error> {
     let enough = thread::spawn(|| std::io::stdin().read_line(&mut String::new()));
     let control = File::options().read(true).write(true).open("/dev/loop-control")?;
@@ -178,7 +184,7 @@ pub fn take_loop_devices() -> Result<(), Error> {
     Ok(())
 }
 
-/// Where a mount could have left a directory.
+/// Lists the directories in which a mount could leave a directory behind.
 fn directories() -> Result<Vec<Vec<std::ffi::OsString>>, Error> {
     let list = |directory| {
         let entries = fs::read_dir(directory)?;

@@ -1,5 +1,6 @@
-//! What the running kernel can do, found out by system calls and with nothing of sealmount's: the
-//! scenarios expect that of it, whatever its version and however it was built.
+//! Probes the features of the running kernel with plain system calls, without sealmount. The
+//! expectations of the scenarios depend on these probes, not on the version and configuration of the
+//! kernel.
 
 use super::fixtures::{self, V1, enable_verity};
 use super::machines::STANDARD;
@@ -8,23 +9,24 @@ use crate::{Context, Error};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, UnmountFlags, fsconfig_create,
-    fsconfig_set_fd, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount, unmount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags,
+    UnmountFlags, fsconfig_create, fsconfig_set_fd, fsconfig_set_flag, fsconfig_set_string,
+    fsmount, fsopen, mount, move_mount, open_tree, unmount,
 };
-use sealmount::{Algorithm, Rung};
+use sealmount::{Algorithm, LayerMethod, SourceMethod};
 use sealmount_sys::loop_device;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 pub const SCENARIOS: &[Scenario] = &[Scenario {
-    name: "probes",
+    name: "probes_return_documented_features",
     machine: &STANDARD,
     time_limit: Scenario::TIME_LIMIT,
-    run: find_what_is_known,
+    run: probes_return_documented_features,
 }];
 
-/// Whether files below a mounted directory can have fs-verity.
+/// Returns whether files below a mounted directory can have fs-verity.
 pub fn fs_verity(directory: &Path, algorithm: Algorithm) -> Result<bool, Error> {
     let scratch = directory.join("probe");
     fs::write(&scratch, "probe").context(|| scratch.display().to_string())?;
@@ -32,27 +34,29 @@ pub fn fs_verity(directory: &Path, algorithm: Algorithm) -> Result<bool, Error> 
     fs::remove_file(&scratch)?;
     match enabled {
         Ok(()) => Ok(true),
-        // The last: the hash is not there, which some kernels have as a module.
+        // NOPKG means that the module of the hash is not loaded.
         Err(Errno::NOTTY | Errno::OPNOTSUPP | Errno::NOPKG) => Ok(false),
         Err(errno) => Err(format!("cannot enable fs-verity on {scratch:?}: {errno}").into()),
     }
 }
 
-/// The best way to mount the EROFS in a file.
-pub fn best_source(image: &Path) -> Result<Rung, Error> {
-    let ladder = [Rung::SourceByDescriptor, Rung::SourceByPath, Rung::SourceByLoopDevice];
-    for rung in ladder {
-        match (rung, erofs(image, rung)) {
-            (_, Ok(_)) => return Ok(rung),
-            (Rung::SourceByDescriptor, Err(Errno::INVAL)) => {}
-            (Rung::SourceByPath, Err(Errno::NOTBLK)) => {}
-            (_, Err(errno)) => return Err(format!("probing {image:?}, {rung:?}: {errno}").into()),
+/// Returns the newest method by which the kernel mounts the EROFS in a file.
+pub fn best_source(image: &Path) -> Result<SourceMethod, Error> {
+    for method in [SourceMethod::Descriptor, SourceMethod::DescriptorPath, SourceMethod::LoopDevice]
+    {
+        match (method, erofs(image, method)) {
+            (_, Ok(_)) => return Ok(method),
+            (SourceMethod::Descriptor, Err(Errno::INVAL)) => {}
+            (SourceMethod::DescriptorPath, Err(Errno::NOTBLK)) => {}
+            (_, Err(errno)) => {
+                return Err(format!("cannot probe {method:?} with {image:?}: {errno}").into());
+            }
         }
     }
-    Err("a loop device is no source".into())
+    Err("the kernel rejects every source method".into())
 }
 
-/// Whether a mount of EROFS can be idmapped.
+/// Returns whether a mount of EROFS can be idmapped.
 pub fn idmap(image: &Path, user_namespace: &Path) -> Result<bool, Error> {
     let mount = erofs(image, best_source(image)?)?;
     match sealmount_sys::mount_setattr_idmap(mount, File::open(user_namespace)?) {
@@ -62,14 +66,14 @@ pub fn idmap(image: &Path, user_namespace: &Path) -> Result<bool, Error> {
     }
 }
 
-/// A detached mount of a file, in one way.
-fn erofs(image: &Path, source: Rung) -> Result<OwnedFd, Errno> {
+/// Creates a detached mount of the EROFS in a file, with one method.
+fn erofs(image: &Path, source: SourceMethod) -> Result<OwnedFd, Errno> {
     let file = open(image, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     let _device;
     match source {
-        Rung::SourceByDescriptor => fsconfig_set_fd(&context, "source", &file)?,
-        Rung::SourceByPath => fsconfig_set_string(&context, "source", image)?,
+        SourceMethod::Descriptor => fsconfig_set_fd(&context, "source", &file)?,
+        SourceMethod::DescriptorPath => fsconfig_set_string(&context, "source", image)?,
         _ => {
             let control = open("/dev/loop-control", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
             let path = format!("/dev/loop{}", loop_device::get_free(control)?);
@@ -84,7 +88,7 @@ fn erofs(image: &Path, source: Rung) -> Result<OwnedFd, Errno> {
     fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_RDONLY)
 }
 
-/// Whether a mount can be made that follows no symbolic links (5.14).
+/// Returns whether a mount can have the attribute nosymfollow (5.14).
 pub fn nosymfollow() -> Result<bool, Error> {
     let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_create(&tmpfs)?;
@@ -96,20 +100,60 @@ pub fn nosymfollow() -> Result<bool, Error> {
     }
 }
 
-/// What overlayfs can do.
+/// Returns whether a detached mount can be cloned (6.15).
+pub fn clones_detached_mounts() -> Result<bool, Error> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    match open_tree(detached_tmpfs()?, "", flags) {
+        Ok(_) => Ok(true),
+        Err(Errno::INVAL) => Ok(false),
+        Err(errno) => Err(format!("cannot clone a detached mount: {errno}").into()),
+    }
+}
+
+/// Returns whether a mount can be attached beneath another mount (6.5). The kernel rejects that on the
+/// root mount of a namespace, so the probe makes two mounts.
+pub fn attaches_beneath() -> Result<bool, Error> {
+    let (lower, upper) = (Path::new("/tmp"), Path::new("/tmp/upper"));
+    mount("probe", lower, "tmpfs", MountFlags::empty(), None).context(|| "/tmp".into())?;
+    fs::create_dir(upper)?;
+    mount("probe", upper, "tmpfs", MountFlags::empty(), None)?;
+    // MOVE_MOUNT_BENEATH
+    let beneath = MoveMountFlags::from_bits_retain(0x200)
+        | MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH
+        | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    let directory = open(upper, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let moved = move_mount(detached_tmpfs()?, "", &directory, "", beneath);
+    drop(directory);
+    unmount(lower, UnmountFlags::DETACH)?;
+    match moved {
+        Ok(()) => Ok(true),
+        Err(Errno::INVAL) => Ok(false),
+        Err(errno) => Err(format!("cannot attach a mount beneath another: {errno}").into()),
+    }
+}
+
+fn detached_tmpfs() -> Result<OwnedFd, Errno> {
+    let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(&tmpfs)?;
+    fsmount(tmpfs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
+}
+
+/// The features of overlayfs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overlayfs {
-    /// The best way to give it layers.
-    pub layers: Rung,
-    /// `verity=require`
+    /// The newest method to set the layers of overlayfs.
+    pub layers: LayerMethod,
+    /// Whether overlayfs supports `verity=require`.
     pub verity: bool,
 }
 
-/// Makes overlays of a tmpfs, which is gone then.
+/// Probes the features of overlayfs on a tmpfs, which is unmounted afterwards.
 pub fn overlayfs() -> Result<Overlayfs, Error> {
     let place = Path::new("/tmp");
     mount("probe", place, "tmpfs", MountFlags::empty(), None).context(|| "/tmp".into())?;
-    let found = overlayfs_of(place).context(|| "probing overlayfs".into());
+    let found = overlayfs_of(place).context(|| "cannot probe overlayfs".into());
     unmount(place, UnmountFlags::empty())?;
     found
 }
@@ -122,20 +166,20 @@ fn overlayfs_of(place: &Path) -> Result<Overlayfs, Error> {
     let set = |key, value: &str| fsconfig_set_string(context()?, key, value);
     let (a, b) = (place.join("a").display().to_string(), place.join("b").display().to_string());
 
-    // mount(2)'s parser takes any word, and looks at it when the superblock is made.
+    // The parser of mount(2) accepts any word, and checks words only when the superblock is created.
     let own_parser = match set("no-such-option", "") {
         Ok(()) => false,
         Err(Errno::INVAL) => true,
         Err(errno) => return Err(errno.into()),
     };
     let layers = if !own_parser {
-        Rung::LowerLayersInOneString
-    } else if takes_detached_mount(&b)? {
-        Rung::LayersByDescriptor
+        LayerMethod::LowerOnly
+    } else if accepts_detached_mount(&b)? {
+        LayerMethod::Descriptors
     } else {
         match set("lowerdir+", &a) {
-            Ok(()) => Rung::LayersByPath,
-            Err(Errno::INVAL) => Rung::LayersInOneString,
+            Ok(()) => LayerMethod::Paths,
+            Err(Errno::INVAL) => LayerMethod::OneString,
             Err(errno) => return Err(errno.into()),
         }
     };
@@ -158,11 +202,9 @@ fn overlayfs_of(place: &Path) -> Result<Overlayfs, Error> {
     Ok(Overlayfs { layers, verity })
 }
 
-/// Whether a mount that is attached nowhere can be a layer, by its descriptor.
-fn takes_detached_mount(other_layer: &str) -> Result<bool, Errno> {
-    let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_create(&tmpfs)?;
-    let detached = fsmount(tmpfs, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+/// Returns whether overlayfs accepts the descriptor of a detached mount as a layer.
+fn accepts_detached_mount(other_layer: &str) -> Result<bool, Errno> {
+    let detached = detached_tmpfs()?;
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     let other = open(other_layer, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let set = |layer| fsconfig_set_fd(&context, "lowerdir+", layer);
@@ -173,15 +215,16 @@ fn takes_detached_mount(other_layer: &str) -> Result<bool, Errno> {
     }
 }
 
-/// The kernels that Debian builds are known: on them the probes must find what they have. On all
-/// others they are for reading.
-fn find_what_is_known(guest: &mut Guest) -> Result<(), Error> {
+/// The probes must find the documented features of Debian kernels. On other kernels, this scenario only
+/// prints the features.
+fn probes_return_documented_features(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let user_namespace = fixtures::user_namespace(100_000)?;
     let (on_disk, in_memory) = (V1.image_in(&disk), V1.image_in(Path::new("/")));
     let sources = [best_source(&on_disk)?, best_source(&in_memory)?];
     let idmap = idmap(&on_disk, &user_namespace.path())?;
     let overlayfs = overlayfs()?;
+    let (clones, beneath) = (clones_detached_mounts()?, attaches_beneath()?);
     let mut verity = Vec::new();
     for disk in fixtures::mount_each(guest, &["ext4-verity", "btrfs"])? {
         for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
@@ -190,31 +233,33 @@ fn find_what_is_known(guest: &mut Guest) -> Result<(), Error> {
     }
     println!(
         "EROFS from a file on disk and in memory: {sources:?}; idmapped: {idmap}; {overlayfs:?}; \
-         fs-verity on ext4 and btrfs, with SHA-256 and SHA-512: {verity:?}"
+         clones of detached mounts: {clones}; beneath another mount: {beneath}; fs-verity on ext4 and \
+         btrfs, with SHA-256 and SHA-512: {verity:?}"
     );
     let release = guest.kernel_release();
     if !release.ends_with("-cloud-amd64") {
         return Ok(());
     }
-    use Rung::*;
     let (source, layers) = if guest.kernel_at_least(7, 3)? {
-        (SourceByDescriptor, LayersByDescriptor)
+        (SourceMethod::Descriptor, LayerMethod::Descriptors)
     } else if guest.kernel_at_least(6, 15)? {
-        (SourceByPath, LayersByDescriptor)
+        (SourceMethod::DescriptorPath, LayerMethod::Descriptors)
     } else if guest.kernel_at_least(6, 12)? {
-        (SourceByPath, LayersByPath)
+        (SourceMethod::DescriptorPath, LayerMethod::Paths)
     } else if guest.kernel_at_least(6, 7)? {
-        (SourceByLoopDevice, LayersByPath)
+        (SourceMethod::LoopDevice, LayerMethod::Paths)
     } else if guest.kernel_at_least(6, 5)? {
-        (SourceByLoopDevice, LayersInOneString)
+        (SourceMethod::LoopDevice, LayerMethod::OneString)
     } else {
-        (SourceByLoopDevice, LowerLayersInOneString)
+        (SourceMethod::LoopDevice, LayerMethod::LowerOnly)
     };
     assert_eq!(overlayfs, Overlayfs { layers, verity: guest.kernel_at_least(6, 6)? });
     assert_eq!(sources[0], source);
-    // A kernel to come may mount files of a tmpfs too.
-    assert!(sources[1] == SourceByLoopDevice || guest.kernel_at_least(7, 4)?, "{sources:?}");
+    // A future kernel may mount files on a tmpfs directly.
+    assert!(sources[1] == SourceMethod::LoopDevice || guest.kernel_at_least(7, 4)?, "{sources:?}");
     assert_eq!(idmap, guest.kernel_at_least(5, 19)?);
+    assert_eq!(clones, guest.kernel_at_least(6, 15)?);
+    assert_eq!(beneath, guest.kernel_at_least(6, 5)?);
     assert_eq!(verity, [true; 4]);
     Ok(())
 }

@@ -1,23 +1,24 @@
-//! The list of all scenarios.
+//! Lists all scenarios.
 
 use super::{
-    basics, boot, copies, digest, injected, missing, objects, parallel, pinned, probe, rungs, swap,
-    trees, verity,
+    basics, boot, copies, digest, fallbacks, fault_injection, missing, objects, parallel, probe,
+    source_released, stages, swap, trees, verity,
 };
 use crate::scenario::Scenario;
 
-/// Every scenario that runs on every kernel.
+/// Returns every scenario that runs on every kernel.
 pub fn scenarios() -> impl Iterator<Item = &'static Scenario> + Clone {
     [
         basics::SCENARIOS,
         probe::SCENARIOS,
         trees::SCENARIOS,
-        rungs::SCENARIOS,
+        fallbacks::SCENARIOS,
         verity::SCENARIOS,
-        injected::SCENARIOS,
+        fault_injection::SCENARIOS,
         digest::SCENARIOS,
-        pinned::SCENARIOS,
+        source_released::SCENARIOS,
         copies::SCENARIOS,
+        stages::SCENARIOS,
         objects::SCENARIOS,
         boot::SCENARIOS,
         parallel::SCENARIOS,

@@ -1,5 +1,5 @@
-//! What copies do where there is swap: the pages of a memfd go there like those of any process, the
-//! pages of a ramfs stay.
+//! Checks copies on a machine with swap: the kernel swaps out the pages of a memfd, and keeps the pages
+//! of a ramfs.
 
 use super::fixtures::V1;
 use super::machines::SOLITARY;
@@ -19,17 +19,17 @@ use std::time::{Duration, Instant};
 use test_support::manifest::assert_is_manifest;
 
 pub const SCENARIOS: &[Scenario] = &[Scenario {
-    name: "swap_takes_the_memfd",
+    name: "memfd_is_swapped_out_and_ramfs_stays",
     machine: &SOLITARY,
     time_limit: Scenario::TIME_LIMIT,
-    run: swap_takes_the_memfd,
+    run: memfd_is_swapped_out_and_ramfs_stays,
 }];
 
 const PAGE: usize = 4096;
 const IMAGE_PAGES: usize = 2048;
 const IMAGE_KIB: u64 = (IMAGE_PAGES * PAGE / 1024) as u64;
 
-fn swap_takes_the_memfd(guest: &mut Guest) -> Result<(), Error> {
+fn memfd_is_swapped_out_and_ramfs_stays(guest: &mut Guest) -> Result<(), Error> {
     let memfd = Copy::mount("memfd", 1)?;
     let ramfs = Copy::mount("ramfs", 2)?;
     let before = Shown::now()?;
@@ -37,8 +37,8 @@ fn swap_takes_the_memfd(guest: &mut Guest) -> Result<(), Error> {
     let area = guest.disk("swap")?;
     make_swap_area(&area)?;
     let swap_path = CString::new(area.as_os_str().as_bytes())?;
-    sealmount_sys::swap_on(&swap_path).context(|| "cannot swap".into())?;
-    // It would keep in memory, compressed, what is looked for on the disk.
+    sealmount_sys::swap_on(&swap_path).context(|| "cannot enable the swap area".into())?;
+    // zswap would keep compressed pages in memory, but the scenario searches the disk for pages.
     let zswap = "/sys/module/zswap/parameters/enabled";
     let had_zswap = fs::read(zswap).ok();
     if had_zswap.is_some() {
@@ -46,31 +46,31 @@ fn swap_takes_the_memfd(guest: &mut Guest) -> Result<(), Error> {
     }
     let swappiness = fs::read("/proc/sys/vm/swappiness")?;
     fs::write("/proc/sys/vm/swappiness", "100")?;
-    let hog = press(&before)?;
+    let pressure = press(&before)?;
     let after = Shown::now()?;
-    println!("KiB, of which {IMAGE_KIB} are each copy: {before:?}, with pressure {after:?}");
+    println!("memory in KiB: {before:?}, under pressure {after:?}; each copy has {IMAGE_KIB} KiB");
     if after.unevictable < IMAGE_KIB {
-        return Err("the ramfs is not all in memory".into());
+        return Err("the ramfs is not completely in memory".into());
     }
 
-    // As plain as in memory, for whoever reads the disk.
+    // The swap area contains unencrypted pages, so a search finds them.
     let swapped = [memfd.count_pages(&area)?, ramfs.count_pages(&area)?];
-    println!("{swapped:?} of {IMAGE_PAGES} pages of memfd and ramfs are in the swap area");
+    println!("the swap area has {swapped:?} of {IMAGE_PAGES} pages of memfd and ramfs");
     if swapped[0] < IMAGE_PAGES / 2 || swapped[1] != 0 {
-        return Err(format!("{swapped:?} pages of memfd and ramfs are in the swap area").into());
+        return Err(format!("the swap area has {swapped:?} pages of memfd and ramfs").into());
     }
 
-    drop(hog);
+    drop(pressure);
     fs::write("/proc/sys/vm/drop_caches", "3")?;
     let read_back = vmstat("pswpin")?;
     assert_is_manifest(&memfd.mount_point);
     if fs::read(memfd_device()?)? != large_image(memfd.seed)? {
-        return Err("what was swapped out came back changed".into());
+        return Err("the swapped pages changed".into());
     }
     let read_back = vmstat("pswpin")? - read_back;
-    println!("{read_back} pages were read back");
+    println!("the kernel read {read_back} pages back");
     if read_back < IMAGE_PAGES as u64 / 2 {
-        return Err(format!("only {read_back} pages were read back").into());
+        return Err(format!("the kernel read only {read_back} pages back").into());
     }
     assert_is_manifest(&ramfs.mount_point);
 
@@ -84,11 +84,11 @@ fn swap_takes_the_memfd(guest: &mut Guest) -> Result<(), Error> {
     no_loop_devices()
 }
 
-/// A large image that is mounted from a copy, and is nowhere else.
+/// A large image that is mounted from a copy. The image file is removed.
 struct Copy {
     mount_point: PathBuf,
     seed: u64,
-    /// Those that no other image has.
+    /// The marks of the pages that no other image has.
     pages: HashSet<Mark>,
 }
 
@@ -97,23 +97,24 @@ impl Copy {
         let path = Path::new("/tmp/image.cfs");
         let image = large_image(seed)?;
         fs::write(path, &image)?;
-        let unlike_others = fs::metadata(V1.image_in(Path::new("/")))?.len() as usize;
-        let pages = image[unlike_others..].chunks(PAGE).map(mark).collect();
+        let original_size = fs::metadata(V1.image_in(Path::new("/")))?.len() as usize;
+        let pages = image[original_size..].chunks(PAGE).map(mark).collect();
         let mount_point = PathBuf::from(format!("/mnt/{memory}"));
         fs::create_dir(&mount_point)?;
-        // By a process that is gone then: memory of this one can be swapped out too, and be found.
+        // A process that ends makes the copy. The pages of a running process could be swapped out too,
+        // and be found.
         let options = format!("basedir={},copy={memory}", V1.objects_in(Path::new("/")).display());
         succeeded(&helper(path, &mount_point, &options)?)?;
         fs::remove_file(path)?;
         Ok(Copy { mount_point, seed, pages })
     }
 
-    /// How many of its pages are somewhere on a disk.
+    /// Returns how many pages of the image are on a disk.
     fn count_pages(&self, disk: &Path) -> Result<usize, Error> {
         let mut disk = File::open(disk)?;
         let mut buffer = vec![0; PAGE * 256];
         let mut found = HashSet::new();
-        // A disk has a whole number of pages, and gives a whole number of them.
+        // The size of a disk is a multiple of the page size, and so is the length of each read.
         while let length @ 1.. = disk.read(&mut buffer)? {
             let pages = buffer[..length].chunks(PAGE).map(mark);
             found.extend(pages.filter(|page| self.pages.contains(page)));
@@ -122,26 +123,27 @@ impl Copy {
     }
 }
 
-/// The loop device of the one memfd, through which it can be read as a whole.
+/// Returns the loop device of the only memfd. The scenario reads the whole copy through this device.
 fn memfd_device() -> Result<PathBuf, Error> {
-    let is_it = |entry: &fs::DirEntry| {
+    let has_memfd = |entry: &fs::DirEntry| {
         fs::read_to_string(entry.path().join("loop/backing_file"))
             .is_ok_and(|name| name.contains("memfd:sealmount:"))
     };
-    let device = fs::read_dir("/sys/block")?.flatten().find(is_it);
+    let device = fs::read_dir("/sys/block")?.flatten().find(has_memfd);
     let device = device.ok_or("no loop device has a memfd")?;
     Ok(Path::new("/dev").join(device.file_name()))
 }
 
-/// Tells the pages apart that a large image is filled up with.
+/// Identifies a page that fills up a large image.
 type Mark = u128;
 
-/// Inverted: a set of marks is swapped out as well, and must not look like pages of the image.
+/// Returns the mark of a page: its inverted first bytes. A set of marks is swapped out too, and must
+/// not look like pages of the image.
 fn mark(page: &[u8]) -> Mark {
-    !u128::from_le_bytes(*page.first_chunk().expect("a page is longer"))
+    !u128::from_le_bytes(*page.first_chunk().expect("a page is longer than a mark"))
 }
 
-/// Of /proc/meminfo, in KiB.
+/// Values of /proc/meminfo, in KiB.
 #[derive(Debug)]
 struct Shown {
     shmem: u64,
@@ -154,21 +156,21 @@ impl Shown {
     }
 }
 
-/// An image that says to be larger than it is. No two of its pages are equal: kernels have ways to
-/// swap equal or empty ones without writing them.
+/// Returns an image whose superblock claims a larger size. No two of its pages are equal, because
+/// kernels can swap equal or empty pages without writing them.
 fn large_image(seed: u64) -> Result<Vec<u8>, Error> {
     let mut image = fs::read(V1.image_in(Path::new("/")))?;
     image[1024 + 36..][..4].copy_from_slice(&(IMAGE_PAGES as u32).to_le_bytes());
     let mut state = seed;
     while image.len() < IMAGE_PAGES * PAGE {
-        // Knuth's MMIX.
+        // These are the constants of Knuth's MMIX generator.
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         image.extend(state.to_le_bytes());
     }
     Ok(image)
 }
 
-/// As mkswap(8) does: one page, with the number of the last one.
+/// Writes a swap header, as mkswap(8) does: one page, with the number of the last page.
 fn make_swap_area(device: &Path) -> Result<(), Error> {
     let sectors = Path::new("/sys/class/block").join(device.file_name().ok_or("no device")?);
     let sectors: usize = fs::read_to_string(sectors.join("size"))?.trim().parse()?;
@@ -184,22 +186,22 @@ fn make_swap_area(device: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Takes memory until most of the memfd is not in it any more.
+/// Allocates memory until the kernel has swapped out most of the memfd.
 fn press(before: &Shown) -> Result<Vec<Vec<u8>>, Error> {
     const CHUNK: usize = 8 << 20;
     let chunks = (meminfo("MemTotal")? * 1024) as usize / CHUNK;
-    let mut hog = Vec::new();
+    let mut chunks_held = Vec::new();
     while meminfo("Shmem")? + IMAGE_KIB * 3 / 4 > before.shmem {
-        if hog.len() > chunks {
-            return Err("all memory was taken, and the memfd is still in it".into());
+        if chunks_held.len() > chunks {
+            return Err("the memfd is still in memory although all memory is allocated".into());
         }
-        hog.push(vec![hog.len() as u8 | 1; CHUNK]);
+        chunks_held.push(vec![chunks_held.len() as u8 | 1; CHUNK]);
     }
     let deadline = Instant::now() + Duration::from_secs(10);
     while meminfo("Writeback")? > 0 && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(10));
     }
-    Ok(hog)
+    Ok(chunks_held)
 }
 
 fn vmstat(name: &str) -> Result<u64, Error> {

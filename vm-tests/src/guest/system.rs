@@ -1,4 +1,4 @@
-//! What can be seen of the running system.
+//! Inspects the running system, runs the helper and unloads modules.
 
 use super::fixtures::HELPER;
 use crate::files::read;
@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 use test_support::mountinfo::loop_devices;
 
-/// A line of /proc/meminfo, in KiB.
+/// Returns a value of /proc/meminfo, in KiB.
 pub fn meminfo(name: &str) -> Result<u64, Error> {
     let text = read("/proc/meminfo")?;
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -19,7 +19,7 @@ pub fn meminfo(name: &str) -> Result<u64, Error> {
     value.ok_or_else(|| format!("/proc/meminfo has no {name}").into())
 }
 
-/// The kernel lets go of a loop device a moment after the last use.
+/// Waits until no loop device is in use. The kernel releases a device shortly after its last use.
 pub fn no_loop_devices() -> Result<(), Error> {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
@@ -33,29 +33,29 @@ pub fn no_loop_devices() -> Result<(), Error> {
     }
 }
 
-/// Starts the helper; its output is piped.
+/// Runs the helper and returns its output.
 pub fn helper(image: &Path, mount_point: &Path, options: &str) -> Result<Output, Error> {
     let arguments = [image.as_os_str(), mount_point.as_os_str(), OsStr::new("-o")];
     let output = Command::new(HELPER).args(arguments).arg(options).output();
     output.context(|| format!("cannot run {HELPER}"))
 }
 
-/// That the helper failed with this exit status, and said all of this.
-pub fn refused(output: &Output, status: i32, said: &[&str]) -> Result<(), Error> {
+/// Checks that the helper failed with this exit status and printed all of these texts.
+pub fn rejected(output: &Output, status: i32, expected: &[&str]) -> Result<(), Error> {
     let stderr = String::from_utf8_lossy(&output.stderr);
-    println!("refused with {}: {}", output.status, stderr.trim_end());
-    let missing: Vec<_> = said.iter().filter(|text| !stderr.contains(**text)).collect();
+    println!("rejected with {}: {}", output.status, stderr.trim_end());
+    let missing: Vec<_> = expected.iter().filter(|text| !stderr.contains(**text)).collect();
     if output.status.code() == Some(status) && missing.is_empty() {
         return Ok(());
     }
     Err(format!(
-        "not refused with exit status {status} and {missing:?}, but {}: {stderr}",
+        "expected exit status {status}, but found {}. The output lacks {missing:?}: {stderr}",
         output.status
     )
     .into())
 }
 
-/// That the helper succeeded.
+/// Checks that the helper succeeded.
 pub fn succeeded(output: &Output) -> Result<(), Error> {
     match output.status.success() {
         true => Ok(()),
@@ -68,7 +68,7 @@ pub fn succeeded(output: &Output) -> Result<(), Error> {
     }
 }
 
-/// A module that was unloaded, and is loaded again when this is dropped.
+/// An unloaded module. Dropping the value loads the module again.
 #[derive(Debug)]
 pub struct Unloaded {
     module: File,
@@ -82,19 +82,21 @@ impl Drop for Unloaded {
     }
 }
 
-/// Unloads a module that nobody uses. None: it is built in.
+/// Unloads an unused module. Returns `None` if the module is built in.
 pub fn unload(name: &str) -> Result<Option<Unloaded>, Error> {
     if !read("/proc/modules")?.lines().any(|line| line.split(' ').next() == Some(name)) {
         return Ok(None);
     }
-    let is_it = |path: &PathBuf| {
+    let is_module = |path: &PathBuf| {
         let file_name = path.file_name().unwrap_or_default().to_string_lossy();
         let found = file_name.split_once('-').map(|(_, found)| found.trim_end_matches(".ko"));
         found == Some(name)
     };
-    let path = fs::read_dir(first_stage::MODULES)?.flatten().map(|entry| entry.path()).find(is_it);
-    let module = File::open(path.ok_or_else(|| format!("no file of the module {name}"))?)?;
-    // What was unmounted a moment ago may not be gone yet.
+    let path =
+        fs::read_dir(first_stage::MODULES)?.flatten().map(|entry| entry.path()).find(is_module);
+    let module =
+        File::open(path.ok_or_else(|| format!("the initramfs has no file of the module {name}"))?)?;
+    // The kernel may still be releasing a file system that was just unmounted.
     let deadline = Instant::now() + Duration::from_secs(5);
     let c_name = CString::new(name)?;
     while let Err(error) = delete_module(&c_name, 0) {

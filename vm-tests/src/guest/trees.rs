@@ -1,12 +1,13 @@
-//! That the tree of both formats is the manifest's, however it is mounted.
+//! Checks that the mounted tree of both formats matches the manifest, with every kind of mount.
 
 use super::fixtures::{self, Fixture, V1, V2};
 use super::machines::STANDARD;
-use super::mounted::{self, TREE, Traces};
+use super::mounted::{self, TREE, Traces, is_failure};
 use super::probe;
 use crate::Error;
 use crate::scenario::{Guest, Scenario};
-use sealmount::{Errno, Memory, MountOptions, Operation, UpperLayer};
+use rustix::io::Errno;
+use sealmount::{MemoryKind, MountOptions, Operation, UpperLayer};
 use std::fs;
 use std::path::{Path, PathBuf};
 use test_support::manifest::{
@@ -15,29 +16,30 @@ use test_support::manifest::{
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
-        name: "tree_plain",
+        name: "tree_without_copy_mounts_as_manifest",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
         run: |guest| each_way(guest, None),
     },
     Scenario {
-        name: "tree_copy",
+        name: "tree_from_memfd_mounts_as_manifest",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
-        run: |guest| each_way(guest, Some(Memory::Memfd)),
+        run: |guest| each_way(guest, Some(MemoryKind::Memfd)),
     },
     Scenario {
-        name: "tree_ramfs",
+        name: "tree_from_ramfs_mounts_as_manifest",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
-        run: |guest| each_way(guest, Some(Memory::Ramfs)),
+        run: |guest| each_way(guest, Some(MemoryKind::Ramfs)),
     },
 ];
 
 const FIRST_ID: u32 = 100_000;
 
-/// Both formats: as they are, with an upper layer, with an idmap, with both.
-fn each_way(guest: &mut Guest, copy: Option<Memory>) -> Result<(), Error> {
+/// Mounts both formats in four ways: without options, with an upper layer, with an idmap, and with
+/// both.
+fn each_way(guest: &mut Guest, copy: Option<MemoryKind>) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let user_namespace = fixtures::user_namespace(FIRST_ID)?;
     let can_idmap = probe::idmap(&V1.image_in(&disk), &user_namespace.path())?;
@@ -48,32 +50,37 @@ fn each_way(guest: &mut Guest, copy: Option<Memory>) -> Result<(), Error> {
             options.idmap = idmap.then(|| user_namespace.path().into());
             println!("{} upper={upper} idmap={idmap}", fixture.name);
             if idmap && !can_idmap {
-                idmap_is_refused(fixture, &options, &disk)?;
+                assert_idmap_rejected(fixture, &options, &disk)?;
                 continue;
             }
-            is_manifest(fixture, &options, &disk)?;
+            assert_is_manifest(fixture, &options, &disk)?;
             if upper {
-                is_changed_in_upper_layer(fixture, &options, &disk)?;
-                // All that was changed was the upper layer.
-                is_manifest(fixture, &options, &disk)?;
+                assert_upper_layer_changes(fixture, &options, &disk)?;
+                // The changes must be in the upper layer only.
+                assert_is_manifest(fixture, &options, &disk)?;
             }
         }
     }
-    root_is_the_images(&disk, copy, can_idmap.then(|| user_namespace.path()))
+    assert_root_attributes(&disk, copy, can_idmap.then(|| user_namespace.path()))
 }
 
-/// Before 5.19.
-fn idmap_is_refused(fixture: &Fixture, options: &MountOptions, disk: &Path) -> Result<(), Error> {
+/// Checks the error of Linux < 5.19, which rejects an idmap of EROFS.
+fn assert_idmap_rejected(
+    fixture: &Fixture,
+    options: &MountOptions,
+    disk: &Path,
+) -> Result<(), Error> {
     let before = Traces::now()?;
     match mounted::mount(options, &fixture.image_in(disk))? {
-        Err(sealmount::Error::Kernel(error))
-            if (error.operation, error.errno) == (Operation::IdmapMount, Errno::INVAL) => {}
-        other => return Err(format!("idmap, which this kernel has not: {other:?}").into()),
+        Err(error) if is_failure(&error, Operation::IdmapMount, Errno::INVAL) => {}
+        other => {
+            return Err(format!("a mount with an unsupported idmap returned {other:?}").into());
+        }
     }
     before.assert_same_now()
 }
 
-fn is_manifest(fixture: &Fixture, options: &MountOptions, disk: &Path) -> Result<(), Error> {
+fn assert_is_manifest(fixture: &Fixture, options: &MountOptions, disk: &Path) -> Result<(), Error> {
     let mounted = mounted::mount(options, &fixture.image_in(disk))??;
     match options.idmap {
         None => mounted.assert_shows(fixture),
@@ -85,8 +92,8 @@ fn is_manifest(fixture: &Fixture, options: &MountOptions, disk: &Path) -> Result
     mounted.unmount()
 }
 
-/// The tree is the manifest's until it is changed, and then the changes are in upperdir.
-fn is_changed_in_upper_layer(
+/// Checks that the tree matches the manifest, and that changes go to upperdir.
+fn assert_upper_layer_changes(
     fixture: &Fixture,
     options: &MountOptions,
     disk: &Path,
@@ -97,8 +104,7 @@ fn is_changed_in_upper_layer(
         fs::create_dir(directory)?;
     }
     let mut options = options.clone();
-    options.upper =
-        Some(UpperLayer { upperdir: upperdir.as_path().into(), workdir: workdir.into() });
+    options.overlay.upper = Some(UpperLayer::new(&upperdir, workdir));
     let mounted = mounted::mount(&options, &fixture.image_in(disk))??;
     let tree = Path::new(TREE);
     assert_is_manifest_mapped(tree, if options.idmap.is_some() { FIRST_ID } else { 0 });
@@ -109,20 +115,24 @@ fn is_changed_in_upper_layer(
     fs::remove_file(tree.join("hello.txt"))?;
     assert_eq!(fs::read_to_string(upperdir.join("new"))?, "new");
     assert!(!fs::exists(tree.join("hello.txt"))?);
-    assert_eq!(fs::read_dir(&upperdir)?.count(), 2, "the file and a whiteout");
+    assert_eq!(
+        fs::read_dir(&upperdir)?.count(),
+        2,
+        "upperdir must contain the file and a whiteout"
+    );
     mounted.unmount()
 }
 
-/// Attributes that no directory has by chance. Where objects are hidden by whiteouts the root that
-/// is seen is that of the layer with the whiteouts.
-fn root_is_the_images(
+/// Checks the root directory of an image with unusual attributes. If whiteouts hide the objects,
+/// overlayfs shows the root directory of the layer with the whiteouts.
+fn assert_root_attributes(
     disk: &Path,
-    copy: Option<Memory>,
+    copy: Option<MemoryKind>,
     user_namespace: Option<PathBuf>,
 ) -> Result<(), Error> {
     let root = Root { mode: 0o41753, uid: 1001, gid: 1002, mtime: 1_234_567_890 };
     let mut image = fs::read(V2.image_in(disk))?;
-    // An extended inode, which has all of them. It is the first one, after superblock and header.
+    // The root inode is the first inode. An extended inode holds all attributes.
     let inode = &mut image[1152..];
     assert_eq!((inode[0] & 1, &inode[4..6]), (1, &0o40755u16.to_le_bytes()[..]));
     inode[4..6].copy_from_slice(&(root.mode as u16).to_le_bytes());

@@ -1,4 +1,4 @@
-//! Objects with fs-verity: what is read is what the image was made of, or an error.
+//! Checks objects with fs-verity: a read returns the content that the image was made of, or an error.
 
 use super::fixtures::{self, Fixture, V1, V2};
 use super::machines::{ERASED, STANDARD};
@@ -6,10 +6,11 @@ use super::mounted::{self, MEMORIES, Mounted, TREE, Traces, with_copy, with_dige
 use super::probe;
 use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
+use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use sealmount::{
-    Errno, Error as Refused, MountOptions, NotVerity, ObjectVerity, VerifiedBy, Verity,
-    compute_digest,
+    Digest, Error as MountError, ErrorKind, MountOptions, ObjectVerity, OverlayError, VerifiedBy,
+    Verity, VerityUnavailable,
 };
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -18,59 +19,62 @@ use std::path::{Path, PathBuf};
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
-        name: "verity_ext4",
+        name: "verity_on_ext4_is_enforced_or_rejected",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
         run: |guest| enforced(guest, "ext4-verity"),
     },
     Scenario {
-        name: "verity_btrfs",
+        name: "verity_on_btrfs_is_enforced_or_rejected",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
         run: |guest| enforced(guest, "btrfs"),
     },
     Scenario {
-        name: "verity_bad_objects_ext4",
+        name: "verity_rejects_bad_objects_on_ext4",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
         run: |guest| bad_objects(guest, "ext4-verity"),
     },
     Scenario {
-        name: "verity_bad_objects_btrfs",
+        name: "verity_rejects_bad_objects_on_btrfs",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
         run: |guest| bad_objects(guest, "btrfs"),
     },
     Scenario {
-        name: "verity_damaged_disk",
+        name: "verity_reports_damaged_disk_on_read",
         machine: &ERASED,
         time_limit: Scenario::TIME_LIMIT,
-        run: damaged_disk,
+        run: verity_reports_damaged_disk_on_read,
     },
     Scenario {
-        name: "verity_helper",
+        name: "verity_result_is_reported_by_helper",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
-        run: helper,
+        run: verity_result_is_reported_by_helper,
     },
 ];
 
-/// Whether objects of the image can have fs-verity on a disk that [`fixtures::fill`] filled. Where
-/// they cannot, `verity` is refused.
+/// Returns whether objects of the image can have fs-verity on a disk that [`fixtures::fill`] filled. If
+/// not, checks that sealmount rejects `verity`.
 pub fn can_verify(fixture: &Fixture, disk: &Path) -> Result<bool, Error> {
     let algorithm = fixture.digest()?.algorithm();
     if probe::fs_verity(disk, algorithm)? {
         return Ok(true);
     }
-    println!("this kernel has no fs-verity with {algorithm} on {}", disk.display());
+    println!("{algorithm} fs-verity is not supported on {}", disk.display());
     let none = MountOptions::new(fixture.objects_in(disk));
     match mounted::mount(&with_verity(&none, Verity::Require), &fixture.image_in(disk))? {
-        Err(Refused::ObjectsNotVerity { .. }) => Ok(false),
-        other => Err(format!("verity where it cannot be: {other:?}").into()),
+        Err(MountError::Overlay(OverlayError::ObjectsVerityUnavailable { .. })) => Ok(false),
+        other => {
+            Err(format!("a mount with verity but without fs-verity returned {other:?}").into())
+        }
     }
 }
 
-/// The disk, and the images whose objects can have fs-verity there. No images: no such disk.
+/// Mounts a disk and returns the images whose objects can have fs-verity there. If the kernel lacks the
+/// file system, returns no images.
 fn verifiable(guest: &Guest, disk: &str) -> Result<(PathBuf, Vec<&'static Fixture>), Error> {
     let mut fixtures = Vec::new();
     let Some(disk) = fixtures::mount_each(guest, &[disk])?.pop() else {
@@ -84,7 +88,8 @@ fn verifiable(guest: &Guest, disk: &str) -> Result<(PathBuf, Vec<&'static Fixtur
     Ok((disk, fixtures))
 }
 
-/// `verity` and `digest=` show the tree, verified, or are refused; `tryverity` shows it and tells.
+/// With `verity` or `digest=`, sealmount mounts a verified tree or rejects the mount. With `tryverity`,
+/// sealmount mounts the tree and reports whether it is verified.
 fn enforced(guest: &mut Guest, disk: &str) -> Result<(), Error> {
     let (disk, fixtures) = verifiable(guest, disk)?;
     let can_enforce = probe::overlayfs()?.verity;
@@ -100,14 +105,14 @@ fn enforced(guest: &mut Guest, disk: &str) -> Result<(), Error> {
         for (options, image, verified_by) in [
             (with_verity(&none, Verity::Require), &unverified, None),
             (with_digest(&none, digest), &image, Some(VerifiedBy::Kernel)),
-            (with_digest(&memfd, digest), &unverified, Some(VerifiedBy::Copy)),
-            (with_digest(&ramfs, digest), &unverified, Some(VerifiedBy::Copy)),
+            (with_digest(&memfd, digest), &unverified, Some(VerifiedBy::Userspace)),
+            (with_digest(&ramfs, digest), &unverified, Some(VerifiedBy::Userspace)),
         ] {
             let before = Traces::now()?;
             let mounted = mounted::mount(&options, image)?;
             if can_enforce {
                 let mounted = mounted?;
-                assert_eq!(mounted.verity, ObjectVerity::Enforced);
+                assert_eq!(mounted.verity, Some(ObjectVerity::Enforced));
                 assert_eq!(mounted.verified_by(), verified_by);
                 mounted.assert_shows(fixture);
                 mounted.unmount()?;
@@ -122,31 +127,36 @@ fn enforced(guest: &mut Guest, disk: &str) -> Result<(), Error> {
             true => ObjectVerity::Enforced,
             false => ObjectVerity::UnsupportedByOverlay,
         };
-        assert_eq!(mounted.verity, expected);
+        assert_eq!(mounted.verity, Some(expected));
         mounted.assert_shows(fixture);
         mounted.unmount()?;
     }
     Ok(())
 }
 
-fn assert_names_first_kernel(error: Option<Refused>) {
-    let Some(error @ Refused::VerityUnsupported) = error else { panic!("{error:?}") };
+fn assert_names_first_kernel(error: Option<MountError>) {
+    let Some(MountError::Overlay(error @ OverlayError::VerityUnsupported)) = error else {
+        panic!("{error:?}")
+    };
+    assert_eq!(error.kind(), ErrorKind::VerityUnavailable);
     assert!(error.to_string().contains("Linux 6.6"), "{error}");
-    assert!(error.hint().is_some_and(|hint| hint.contains("tryverity")), "{:?}", error.hint());
+    let hint = error.hint();
+    assert!(hint.is_some_and(|hint| hint.for_options().contains("verity=try")), "{hint:?}");
 }
 
-/// What befalls an object.
+/// A change of an object.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Harm {
-    /// Its content is right, and nothing vouches for it.
+    /// The object has the right content, but no fs-verity.
     WithoutVerity,
-    /// Another's content, with fs-verity.
+    /// The object has the content of another object, and fs-verity.
     OtherContent,
     Missing,
 }
 
 impl Harm {
-    /// What overlayfs says when the file is opened; it does not look before.
+    /// Returns the errno with which overlayfs fails when the file is opened. overlayfs checks nothing
+    /// earlier.
     fn errno(self) -> Errno {
         match self {
             Harm::WithoutVerity | Harm::OtherContent => Errno::IO,
@@ -155,10 +165,11 @@ impl Harm {
     }
 }
 
-/// An error for every file that has the object's content, and for no other.
+/// Checks that only files with the content of the changed object return an error.
 ///
-/// The first objects are looked at when mounting, where only a missing fs-verity shows: so the
-/// first and the last one of the directory are harmed in turn.
+/// At mount time, sealmount samples the first objects and detects only missing fs-verity. So the
+/// scenario changes the first object, then the last object. With `tryverity`, sealmount mounts in spite
+/// of missing fs-verity and reports it.
 fn bad_objects(guest: &mut Guest, disk: &str) -> Result<(), Error> {
     let (disk, fixtures) = verifiable(guest, disk)?;
     let can_enforce = probe::overlayfs()?.verity;
@@ -187,13 +198,16 @@ fn bad_objects(guest: &mut Guest, disk: &str) -> Result<(), Error> {
                 let mounted = mounted::mount(&verity, &fixture.image_in(&place))?;
                 if harm == Harm::WithoutVerity && is_first {
                     assert_not_enabled(mounted.err(), object);
-                    // Not even tryverity: it could have been verified.
                     let verity = with_verity(&none, Verity::Try);
-                    let mounted = mounted::mount(&verity, &fixture.image_in(&place))?;
-                    assert_not_enabled(mounted.err(), object);
+                    let mounted = mounted::mount(&verity, &fixture.image_in(&place))??;
+                    let reason = VerityUnavailable::NotEnabled;
+                    let expected = ObjectVerity::UnsupportedByObjects(reason);
+                    assert_eq!(mounted.verity, Some(expected));
+                    mounted.assert_shows(fixture);
+                    mounted.unmount()?;
                 } else if can_enforce {
                     let mounted = mounted?;
-                    assert_eq!(mounted.verity, ObjectVerity::Enforced);
+                    assert_eq!(mounted.verity, Some(ObjectVerity::Enforced));
                     assert_only_unreadable(mounted, fixture, &disk, &content, harm.errno())
                         .context(|| format!("{} {harm:?} {is_first}", fixture.name))?;
                 } else {
@@ -206,9 +220,9 @@ fn bad_objects(guest: &mut Guest, disk: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// A bit of an object goes over on the disk, below the file system. The object has fs-verity: that
-/// is noticed when it is read, also where overlayfs does not ask for it.
-fn damaged_disk(guest: &mut Guest) -> Result<(), Error> {
+/// Changes a bit of an object on the disk, below the file system. fs-verity detects the change when the
+/// object is read, even if overlayfs does not check objects.
+fn verity_reports_damaged_disk_on_read(guest: &mut Guest) -> Result<(), Error> {
     let whole = fixtures::mount_objects(guest, "ext4")?;
     let (disk, fixtures) = verifiable(guest, "ext4-verity")?;
     if fixtures.is_empty() {
@@ -220,7 +234,7 @@ fn damaged_disk(guest: &mut Guest) -> Result<(), Error> {
     }
     // Both images have the same contents.
     let objects = fixtures::objects(&V1.objects_in(&place))?;
-    let content = fs::read(objects.last().ok_or("no objects")?)?;
+    let content = fs::read(objects.last().ok_or("the image has no objects")?)?;
     unmount(&disk, UnmountFlags::empty())?;
     let start = &content[..content.len().min(4096)];
     let device = File::options().read(true).write(true).open(guest.disk("ext4-verity")?)?;
@@ -234,7 +248,7 @@ fn damaged_disk(guest: &mut Guest) -> Result<(), Error> {
             damaged += 1;
         }
     }
-    // As filled by the host, of each image, and the copies with fs-verity.
+    // The disk has the object of each image, and copies with fs-verity.
     assert_eq!(damaged, 2 + fixtures.len());
     device.sync_all()?;
 
@@ -248,15 +262,18 @@ fn damaged_disk(guest: &mut Guest) -> Result<(), Error> {
     Ok(())
 }
 
-fn assert_not_enabled(error: Option<Refused>, object: &Path) {
+fn assert_not_enabled(error: Option<MountError>, object: &Path) {
     match error {
-        Some(Refused::ObjectsNotVerity { path, reason: NotVerity::NotEnabled })
-            if path == object => {}
+        Some(MountError::Overlay(OverlayError::ObjectsVerityUnavailable {
+            path,
+            reason: VerityUnavailable::NotEnabled,
+            ..
+        })) if path == object => {}
         _ => panic!("{} {error:?}", object.display()),
     }
 }
 
-/// That all files are as those of the same image with `whole` objects, but for those of one content.
+/// Checks that all files match a mount with `whole` objects. Only files with this content return an error.
 fn assert_only_unreadable(
     mounted: Mounted,
     fixture: &Fixture,
@@ -274,7 +291,7 @@ fn assert_only_unreadable(
     Ok(())
 }
 
-/// That what was read is what is in a whole tree, but for files of one content.
+/// Checks that the contents match a whole tree. Only files with this content return an error.
 pub fn assert_only_harmed(found: &Contents, whole: Contents, content: &[u8], errno: Errno) {
     let mut expected = whole;
     let mut harmed = 0;
@@ -282,7 +299,7 @@ pub fn assert_only_harmed(found: &Contents, whole: Contents, content: &[u8], err
         *read = Err(errno);
         harmed += 1;
     }
-    assert!(harmed > 0, "the object is no file's");
+    assert!(harmed > 0, "no file has the content");
     let names = |tree: &Contents| tree.keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(found), names(&expected));
     for (path, read) in &expected {
@@ -294,7 +311,7 @@ pub fn assert_only_harmed(found: &Contents, whole: Contents, content: &[u8], err
 
 pub type Contents = BTreeMap<PathBuf, Result<Vec<u8>, Errno>>;
 
-/// Every regular file of the mounted tree, twice read: what was refused once stays refused.
+/// Reads every regular file of the mounted tree twice, because a file that fails once must fail again.
 pub fn contents() -> Result<Contents, Error> {
     let read = |path: &Path| {
         fs::read(path).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::PROTO))
@@ -317,8 +334,8 @@ pub fn contents() -> Result<Contents, Error> {
     Ok(contents)
 }
 
-/// Messages and exit status of the mount helper, for the same options.
-fn helper(guest: &mut Guest) -> Result<(), Error> {
+/// Checks the messages and the exit status of the mount helper for the same options.
+fn verity_result_is_reported_by_helper(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4-verity")?;
     if !can_verify(&V1, &disk)? {
         return Ok(());
@@ -346,7 +363,7 @@ fn helper(guest: &mut Guest) -> Result<(), Error> {
         let (status, text) = run(options)?;
         let (expected, words) = match can_enforce {
             true => (0, "objects are verified (verity=require)"),
-            false => (32, "cannot enforce fs-verity (verity=require needs Linux 6.6)\n  hint: "),
+            false => (32, "cannot enforce verity: verity=require needs Linux 6.6\n  hint: "),
         };
         assert_eq!(status, Some(expected), "{text}");
         assert!(text.contains(words), "{text}");
@@ -354,21 +371,23 @@ fn helper(guest: &mut Guest) -> Result<(), Error> {
     let (status, text) = run("tryverity")?;
     let words = match can_enforce {
         true => "objects are verified (verity=require)",
-        false => "objects are not verified: this kernel's overlayfs has no verity=require",
+        false => {
+            "objects are not verified: this kernel's overlayfs does not support verity=require"
+        }
     };
     assert_eq!(status, Some(0), "{text}");
     assert!(text.contains(words), "{text}");
 
-    // Its name is its digest, and vouches for nothing.
+    // The object has a correct name. The name is the digest, but proves nothing about fs-verity.
     let object = &fixtures::objects(&V1.objects_in(&place))?[0];
     let content = fs::read(object)?;
-    let digest = compute_digest(V1.digest()?.algorithm(), &content).to_string();
+    let digest = Digest::of_bytes(V1.digest()?.algorithm(), &content).to_string();
     assert!(object.ends_with(format!("{}/{}", &digest[..2], &digest[2..])), "{digest}");
     fs::remove_file(object)?;
     fs::write(object, content)?;
     let (status, text) = run("verity")?;
     assert_eq!(status, Some(32), "{text}");
-    let words = format!("verity cannot be enforced on {}: fs-verity is not", object.display());
+    let words = format!("{}: cannot enforce verity: fs-verity is not enabled", object.display());
     assert!(text.contains(&words), "{text}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Selects how QEMU runs the processors of a machine: with KVM, or emulated.
+//! Selects how QEMU runs the CPUs of a machine: with KVM, or emulated.
 
 use crate::Error;
 use crate::programs::command;
@@ -7,20 +7,19 @@ use std::path::Path;
 use std::process::Stdio;
 use std::sync::OnceLock;
 
-/// One thread for each processor, and a processor that has what kernels and checksums make use of.
-/// Neither other machine types, nor smaller processors, nor leaving out mitigations or calibrations
-/// made a measurable difference to the time a boot takes.
+/// Emulates each CPU in its own thread, with all CPU features that kernels and checksums use. Other
+/// machine types, smaller CPUs and boots without mitigations or calibrations were not measurably
+/// faster.
 pub const EMULATION: [&str; 4] = ["-accel", "tcg,thread=multi", "-cpu", "max"];
 pub const KVM: [&str; 4] = ["-accel", "kvm", "-cpu", "host"];
 
-/// In QEMU's options a comma is doubled.
+/// Returns a path in the syntax of QEMU options, which need a doubled comma.
 pub fn escaped(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
-/// Whether QEMU can use KVM here. That the device can be opened is no promise, and that QEMU starts is
-/// none either: in some virtual machines the guest then never gets anywhere. So a program is run, the
-/// smallest there is.
+/// Returns whether QEMU can use KVM here. In some virtual machines /dev/kvm opens and QEMU starts, but
+/// the guest makes no progress. So QEMU runs a boot sector of three instructions.
 pub fn kvm_works(lab_dir: &Path) -> bool {
     static WORKS: OnceLock<bool> = OnceLock::new();
     *WORKS.get_or_init(|| {
@@ -30,7 +29,7 @@ pub fn kvm_works(lab_dir: &Path) -> bool {
 }
 
 fn runs_boot_sector(dir: &Path) -> Result<bool, Error> {
-    // mov al, 1; out 0xf4, al; hlt. QEMU's exit status is then 1 << 1 | 1.
+    // mov al, 1; out 0xf4, al; hlt. Then QEMU exits with the status 1 << 1 | 1.
     let mut sector = vec![0; 512];
     sector[..5].copy_from_slice(&[0xb0, 0x01, 0xe6, 0xf4, 0xf4]);
     sector[510..].copy_from_slice(&[0x55, 0xaa]);

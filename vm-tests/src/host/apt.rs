@@ -1,5 +1,5 @@
-//! Debian packages, through a private apt configuration: the machine's own says which mirror to use
-//! and whom to trust, and its state is left alone.
+//! Fetches Debian packages with a private apt configuration. The apt sources of the host supply the
+//! mirror and the keys. The apt state of the host stays unchanged.
 
 use super::say::say;
 use crate::programs::{self, command, output};
@@ -8,17 +8,18 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The releases that have the kernels of [`super::kernels::DEFAULT_SERIES`], and more.
+/// The releases that have the kernels of [`super::kernels::DEFAULT_SERIES`], among others.
 const SUITES: &[&str] = &["bookworm", "trixie", "trixie-backports", "forky"];
 
-/// From the mirror of security updates, if the machine has one: backports have none of their own.
+/// The suites on the mirror of security updates, if the host has that mirror. Backports have no
+/// security suite.
 const SECURITY_SUITES: &[&str] = &["bookworm-security", "trixie-security", "forky-security"];
 
-const NOT_TO_FETCH: &str = "SEALMOUNT_VM_KERNELS names no directories with kernels, and Debian's \
-    cannot be fetched";
+const CANNOT_FETCH: &str = "SEALMOUNT_VM_KERNELS is not set, and Debian's kernels cannot be \
+    fetched";
 
-/// Names by which a machine's sources mean Debian itself, as opposed to its security archive or
-/// someone else's packages.
+/// Suite names in apt sources that mean Debian itself, not its security archive or another vendor's
+/// packages.
 const RELEASES: &[&str] = &[
     "bookworm",
     "trixie",
@@ -31,26 +32,26 @@ const RELEASES: &[&str] = &[
     "unstable",
 ];
 
-/// With Debian's own keys of all releases, where the machine's sources do not say whom to trust.
+/// Keyrings of all Debian releases, for hosts whose sources do not have `Signed-By`.
 const KEYRINGS: &[&str] = &[
     "/usr/share/keyrings/debian-archive-keyring.pgp",
     "/usr/share/keyrings/debian-archive-keyring.gpg",
 ];
 
-/// A private configuration with fresh package lists.
+/// A private apt configuration with fresh package lists.
 #[derive(Debug)]
 pub struct Apt {
     configuration: PathBuf,
-    /// What it said of package lists that it could not fetch.
-    complaint: Option<String>,
+    /// The error of apt if apt could not fetch all package lists.
+    update_error: Option<String>,
 }
 
 impl Apt {
-    /// Makes the configuration in `dir` and fetches the package lists.
+    /// Creates the configuration in `dir` and fetches the package lists.
     pub fn update(dir: &Path) -> Result<Apt, Error> {
-        programs::check_these(programs::NEEDED_TO_FETCH).context(|| NOT_TO_FETCH.into())?;
+        programs::check_these(programs::NEEDED_TO_FETCH).context(|| CANNOT_FETCH.into())?;
         let sources = machine_sources();
-        let mirror = debian_mirror(&sources).context(|| NOT_TO_FETCH.into())?;
+        let mirror = debian_mirror(&sources).context(|| CANNOT_FETCH.into())?;
         let security = security_mirror(&sources);
         let mut text = mirror.with_suites(SUITES);
         if let Some(security) = security {
@@ -68,29 +69,29 @@ impl Apt {
         write("status", "")?;
         write("debian.sources", &text)?;
         let configuration = write("apt.conf", &configuration(dir))?;
-        let mut apt = Apt { configuration, complaint: None };
-        // A mirror need not have every suite, and what it has may be enough.
+        let mut apt = Apt { configuration, update_error: None };
+        // A mirror may lack a suite that this run does not need.
         if let Err(error) = output(apt.command("apt-get").arg("update")) {
-            say(&format!("not all package lists could be fetched: {error}"));
-            apt.complaint = Some(error.to_string());
+            say(&format!("apt could not fetch all package lists: {error}"));
+            apt.update_error = Some(error.to_string());
         }
         Ok(apt)
     }
 
-    /// Why a package may not be there that ought to be.
-    pub fn complaint(&self) -> String {
-        let complaint = self.complaint.as_ref();
-        complaint.map_or(String::new(), |why| format!(", of which not all could be read: {why}"))
+    /// Returns a reason why an expected package may be missing, for an error message.
+    pub fn update_error(&self) -> String {
+        let error = self.update_error.as_ref();
+        error.map_or(String::new(), |error| format!(" (apt could not fetch all lists: {error})"))
     }
 
-    /// The names of all packages that start with `prefix`.
+    /// Returns the names of all packages that start with `prefix`.
     pub fn names(&self, prefix: &str) -> Result<Vec<String>, Error> {
         let names = output(self.command("apt-cache").args(["pkgnames", prefix]))?;
         Ok(String::from_utf8_lossy(&names).lines().map(str::to_owned).collect())
     }
 
-    /// The newest version of a package, and all that it depends on in exactly its own version: the
-    /// parts of what was one package before, as kernels were before Debian's 6.19.
+    /// Returns a package and its parts: all packages that it depends on in exactly its own version.
+    /// Since Linux 6.19, Debian splits a kernel into several parts.
     pub fn with_parts(&self, name: &str) -> Result<Vec<String>, Error> {
         let mut found = vec![name.to_owned()];
         let mut next = 0;
@@ -98,8 +99,9 @@ impl Apt {
             let shown =
                 output(self.command("apt-cache").args(["show", "--no-all-versions", name]))?;
             let package = stanzas(&String::from_utf8_lossy(&shown)).into_iter().next();
-            let package = package
-                .ok_or_else(|| format!("the mirror has {} but not its part {name}", found[0]))?;
+            let package = package.ok_or_else(|| {
+                format!("the mirror has {} but not {name}, a part of that package", found[0])
+            })?;
             for part in parts(&package) {
                 if !found.contains(&part) {
                     found.push(part);
@@ -110,8 +112,8 @@ impl Apt {
         Ok(found)
     }
 
-    /// Fetches packages into a directory, checked against the signed package lists, and unpacks them
-    /// there.
+    /// Fetches packages and unpacks them into a directory. apt checks the packages against the signed
+    /// package lists.
     pub fn unpack(&self, packages: &[String], dir: &Path) -> Result<(), Error> {
         let archives = dir.join("archives");
         fs::create_dir(&archives).context(|| format!("cannot make {}", archives.display()))?;
@@ -125,7 +127,8 @@ impl Apt {
 
     fn command(&self, program: &str) -> Command {
         let mut command = command(program);
-        // Read after the machine's configuration, which has its proxies, so that ours has the last word.
+        // apt reads this file after the configuration of the host. So the proxies of the host apply,
+        // and the settings in this file take precedence.
         command.arg("--config-file").arg(&self.configuration).args(["--quiet", "--quiet"]);
         command
     }
@@ -144,11 +147,11 @@ Dir::Etc::preferencesparts "/dev/null";
 APT::Architecture "amd64";
 #clear APT::Architectures;
 #clear APT::Default-Release;
-// The machine's hooks would act on the machine's state.
+// The hooks of the host would act on the state of the host.
 #clear APT::Update::Pre-Invoke;
 #clear APT::Update::Post-Invoke;
 #clear APT::Update::Post-Invoke-Success;
-// The user that apt drops to when run as root cannot write here.
+// As root, apt drops to a user that cannot write here.
 APT::Sandbox::User "root";
 "#,
         state = path("state"),
@@ -158,8 +161,8 @@ APT::Sandbox::User "root";
     )
 }
 
-/// A stanza of a control file, a package list or a deb822 source: fields and values. Lines that
-/// continue a value are kept as they are.
+/// A stanza of a control file, a package list or a deb822 source: fields and values. A value keeps its
+/// continuation lines unchanged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stanza(Vec<(String, String)>);
 
@@ -179,7 +182,7 @@ impl Stanza {
 pub fn stanzas(text: &str) -> Vec<Stanza> {
     let mut stanzas = vec![Stanza::default()];
     for line in text.lines() {
-        let fields = &mut stanzas.last_mut().expect("there is always one").0;
+        let fields = &mut stanzas.last_mut().expect("the list is never empty").0;
         if line.trim().is_empty() {
             stanzas.push(Stanza::default());
         } else if line.starts_with([' ', '\t']) {
@@ -196,7 +199,7 @@ pub fn stanzas(text: &str) -> Vec<Stanza> {
     stanzas
 }
 
-/// The packages that a package depends on in exactly its own version.
+/// Returns the packages that a package depends on in exactly its own version.
 fn parts(package: &Stanza) -> Vec<String> {
     let Some(version) = package.get("Version") else {
         return Vec::new();
@@ -210,18 +213,18 @@ fn parts(package: &Stanza) -> Vec<String> {
         .collect()
 }
 
-/// Where packages come from, however it was written.
+/// A source of packages, in either syntax.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Source {
     uris: Vec<String>,
     suites: Vec<String>,
     components: Vec<String>,
-    /// A keyring, a fingerprint or a whole key: whatever it is, apt understands it.
+    /// A keyring, a fingerprint or a whole key. apt accepts all three.
     signed_by: Option<String>,
 }
 
 impl Source {
-    /// The same mirror with other suites.
+    /// Returns a deb822 source of the same mirror with other suites.
     fn with_suites(&self, suites: &[&str]) -> String {
         let uri = self.uris.first().map_or("", String::as_str);
         let mut text = format!(
@@ -237,12 +240,12 @@ impl Source {
     }
 }
 
-/// The first source that is Debian itself.
+/// Returns the first source that is Debian itself.
 fn debian_mirror(sources: &[Source]) -> Result<&Source, Error> {
-    mirror(sources, "").ok_or("apt's sources name no Debian mirror".into())
+    mirror(sources, "").ok_or("the apt sources of this host have no Debian mirror".into())
 }
 
-/// The first source that is Debian's security archive.
+/// Returns the first source that is Debian's security archive.
 fn security_mirror(sources: &[Source]) -> Option<&Source> {
     mirror(sources, "-security")
 }
@@ -311,7 +314,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn deb822_sources() {
+    fn deb822_text_returns_enabled_sources() {
         let text = "\
 # a comment
 Types: deb deb-src
@@ -346,7 +349,7 @@ Components: main
     }
 
     #[test]
-    fn one_line_sources() {
+    fn one_line_text_returns_enabled_sources() {
         let lines = "deb-src http://a.example/debian sid main\n\
              #deb http://b.example/debian sid main\n\
              deb http://c.example/other stable-other main\n\
@@ -360,7 +363,7 @@ Components: main
     }
 
     #[test]
-    fn parts_are_those_of_the_same_version() {
+    fn parts_returns_packages_of_same_version() {
         let text = "Package: linux-image-7.2\nVersion: 7.2.1-1\n\
              Depends: dracut | initramfs-tools (>= 0.120), linux-binary-7.2 (= 7.2.1-1), \
              linux-modules-7.2 (= 7.2.1-1), other (= 7.2.1)\n\nPackage: next\n";
@@ -369,7 +372,7 @@ Components: main
 
     proptest! {
         #[test]
-        fn garbage_never_panics(text: String) {
+        fn arbitrary_apt_text_never_panics(text: String) {
             for stanza in stanzas(&text) {
                 parts(&stanza);
                 deb822_source(&stanza);

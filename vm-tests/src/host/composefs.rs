@@ -1,23 +1,23 @@
-//! A small composefs image, written byte by byte: no tool that does it is packaged everywhere, and
-//! tests are not to build their images with the code that they test.
+//! Writes a small composefs image byte by byte. Not every distribution packages a tool for that, and
+//! tests must not build their images with the code under test.
 //!
-//! Format: <https://docs.kernel.org/filesystems/erofs.html>, erofs_fs.h of Linux, and the way
-//! mkcomposefs uses them.
+//! Format: <https://docs.kernel.org/filesystems/erofs.html>, erofs_fs.h of Linux, and the output of
+//! mkcomposefs.
 
-use sealmount::{Algorithm, Digest, compute_digest};
+use sealmount::{Algorithm, Digest};
 use std::collections::BTreeMap;
 
 const BLOCK: usize = 4096;
-/// Room for an inode and its xattrs.
+/// The space of an inode and its xattrs.
 const SLOT: usize = 256;
-/// The unit in which inodes are numbered.
+/// The unit of inode numbers.
 const NID: usize = 32;
 
-/// What a path of the tree is.
+/// The kind of file at a path of the tree.
 #[derive(Debug)]
 pub enum Node {
     Directory,
-    /// A regular file, whose content is an object.
+    /// A regular file. Its content is an object.
     File {
         mode: u16,
         size: usize,
@@ -28,7 +28,7 @@ pub enum Node {
 
 impl Node {
     pub fn file(mode: u16, content: &[u8]) -> Node {
-        let digest = compute_digest(Algorithm::Sha256, content);
+        let digest = Digest::of_bytes(Algorithm::Sha256, content);
         Node::File { mode, size: content.len(), digest }
     }
 
@@ -41,17 +41,18 @@ impl Node {
     }
 }
 
-/// The path of an object in its directory.
+/// Returns the path of an object in its object directory.
 pub fn object_path(digest: &Digest) -> String {
     let digest = digest.to_string();
     let hex = digest.rsplit(':').next().unwrap_or(&digest);
     format!("{}/{}", &hex[..2], &hex[2..])
 }
 
-/// An image of `blocks` blocks. Paths are relative, without `.`; the empty one is the root.
-/// Directories have to be named, and have room for about a hundred entries each.
+/// Returns an image of `blocks` blocks. Paths are relative, without `.`. The empty path is the root.
+/// The tree must list every directory. A directory has space for about 100 entries.
 pub fn image(mut tree: BTreeMap<String, Node>, blocks: usize) -> Vec<u8> {
-    // Where overlayfs has no data-only layers it shows the object directories, but for these.
+    // If overlayfs has no data-only layers, the tree would show the object directories. Whiteouts hide
+    // them.
     let prefixes: Vec<_> = tree.values().filter_map(object_prefix).collect();
     tree.extend(prefixes.into_iter().map(|prefix| (prefix, Node::Whiteout)));
 
@@ -63,7 +64,7 @@ pub fn image(mut tree: BTreeMap<String, Node>, blocks: usize) -> Vec<u8> {
     put(&mut image, 1024 + 14, &le16(&[nid("")]));
     put(&mut image, 1024 + 16, &le32(&[tree.len()]));
     put(&mut image, 1024 + 36, &le32(&[blocks]));
-    // Files in chunks, which may be holes.
+    // The feature for files in chunks, which may be holes.
     put(&mut image, 1024 + 80, &le32(&[4]));
 
     let mut next_block = 1 + (tree.len() * SLOT).div_ceil(BLOCK);
@@ -90,13 +91,13 @@ pub fn image(mut tree: BTreeMap<String, Node>, blocks: usize) -> Vec<u8> {
             Node::File { mode, size, digest } => {
                 let mut body = xattrs(digest);
                 let xattr_units = (body.len() - 12) / 4 + 1;
-                // Layout 4: chunks, here one of 4 GiB, which is a hole.
+                // Layout 4 means chunks. This file has one chunk of 4 GiB, which is a hole.
                 let mode = usize::from(0o100_000 | mode);
                 put(&mut image, at, &inode(4, xattr_units, mode, 1, *size, 20));
                 body.extend(u32::MAX.to_le_bytes());
                 put(&mut image, at + NID, &body);
             }
-            // A character device, number 0.
+            // A whiteout is a character device with number 0.
             Node::Whiteout => put(&mut image, at, &inode(0, 0, 0o020_000, 1, 0, 0)),
         }
     }
@@ -108,7 +109,7 @@ fn object_prefix(node: &Node) -> Option<String> {
     Some(object_path(digest)[..2].to_owned())
 }
 
-/// `struct erofs_inode_compact`
+/// Returns a `struct erofs_inode_compact`.
 fn inode(
     layout: usize,
     xattr_units: usize,
@@ -120,7 +121,7 @@ fn inode(
     [le16(&[layout << 1, xattr_units, mode, links]), le32(&[size, 0, data])].concat()
 }
 
-/// Inline ones, behind their header of 12 bytes: the object's digest, and its path.
+/// Returns inline xattrs after their header of 12 bytes: the digest and the path of the object.
 fn xattrs(digest: &Digest) -> Vec<u8> {
     // struct ovl_metacopy: version, length, flags, hash algorithm, digest.
     let hash = digest.as_bytes();
@@ -128,7 +129,7 @@ fn xattrs(digest: &Digest) -> Vec<u8> {
     let redirect = format!("/{}", object_path(digest)).into_bytes();
     let mut body = vec![0; 12];
     for (name, value) in [("overlay.metacopy", metacopy), ("overlay.redirect", redirect)] {
-        // 4: "trusted."
+        // Prefix 4 is "trusted.".
         body.extend([name.len() as u8, 4]);
         body.extend(le16(&[value.len()]));
         body.extend(name.bytes().chain(value));
@@ -137,7 +138,7 @@ fn xattrs(digest: &Digest) -> Vec<u8> {
     body
 }
 
-/// `struct erofs_dirent` of each entry, then the names, in the order of the names.
+/// Returns a `struct erofs_dirent` for each entry, then the names. Both are in the order of the names.
 fn directory(mut entries: Vec<(String, usize, u8)>) -> Vec<u8> {
     entries.sort();
     let mut name_offset = entries.len() * 12;
@@ -155,7 +156,7 @@ fn put(image: &mut [u8], at: usize, bytes: &[u8]) {
     image[at..][..bytes.len()].copy_from_slice(bytes);
 }
 
-/// Numbers that fit, little-endian.
+/// Returns the numbers in little-endian order. Each number must fit into 16 bits.
 fn le16(numbers: &[usize]) -> Vec<u8> {
     numbers.iter().flat_map(|number| (*number as u16).to_le_bytes()).collect()
 }

@@ -1,4 +1,4 @@
-//! Writes an initramfs: a cpio archive of the `newc` kind, as the kernel unpacks it.
+//! Writes an initramfs: a cpio archive in the `newc` format, which the kernel unpacks.
 
 use crate::{Context, Error};
 use std::fs;
@@ -11,7 +11,7 @@ const DIRECTORY: u32 = 0o040_000;
 const REGULAR: u32 = 0o100_000;
 const SYMLINK: u32 = 0o120_000;
 
-/// An archive being written. Everything in it belongs to root.
+/// An unfinished archive. Root owns every file in the archive.
 #[derive(Debug)]
 pub struct Archive<W: Write> {
     to: W,
@@ -31,15 +31,18 @@ impl<W: Write> Archive<W> {
         self.entry(path.as_bytes(), REGULAR | mode, content)
     }
 
-    /// All that is below a directory, at the archive's root.
+    /// Adds the content of a directory at the root of the archive.
     pub fn tree(&mut self, root: &Path) -> Result<(), Error> {
         let mut pending = vec![root.to_owned()];
         while let Some(dir) = pending.pop() {
             let what = || format!("cannot archive {}", dir.display());
             for entry in fs::read_dir(&dir).context(what)? {
                 let path = entry.context(what)?.path();
-                let name =
-                    path.strip_prefix(root).expect("it is below the root").as_os_str().as_bytes();
+                let name = path
+                    .strip_prefix(root)
+                    .expect("the path is below the root")
+                    .as_os_str()
+                    .as_bytes();
                 let metadata = path.symlink_metadata().context(what)?;
                 let mode = metadata.permissions().mode() & 0o7777;
                 if metadata.is_dir() {
@@ -53,9 +56,12 @@ impl<W: Write> Archive<W> {
                     self.entry(name, REGULAR | mode, &fs::read(&path).context(what)?)
                         .context(what)?;
                 } else {
-                    return Err(
-                        format!("{} is of mode {:o}", path.display(), metadata.mode()).into()
-                    );
+                    return Err(format!(
+                        "cannot archive {}: mode {:o}",
+                        path.display(),
+                        metadata.mode()
+                    )
+                    .into());
                 }
             }
         }
@@ -68,11 +74,15 @@ impl<W: Write> Archive<W> {
     }
 
     fn entry(&mut self, path: &[u8], mode: u32, content: &[u8]) -> io::Result<()> {
-        let too_large =
-            |_| io::Error::new(io::ErrorKind::FileTooLarge, "cpio holds files up to 4 GiB");
+        let too_large = |_| {
+            io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                "a file in a cpio archive must be smaller than 4 GiB",
+            )
+        };
         let size = u32::try_from(content.len()).map_err(too_large)?;
         let name_size = u32::try_from(path.len() + 1).map_err(too_large)?;
-        // Equal inode numbers would make hard links of files.
+        // The kernel makes hard links of files with equal inode numbers.
         self.entries += 1;
         let (inode, links) = (self.entries, 1);
         let (user, group, modified, device, check) = (0, 0, 0, 0, 0);
@@ -84,7 +94,7 @@ impl<W: Write> Archive<W> {
             write!(self.to, "{field:08x}")?;
         }
         self.to.write_all(path)?;
-        // The header is 110 bytes; name and content each end at a multiple of four.
+        // The header has 110 bytes. The name and the content are each padded to a multiple of four.
         self.to.write_all(&[0; 4][..1 + padding(110 + path.len() + 1)])?;
         self.to.write_all(content)?;
         self.to.write_all(&[0; 4][..padding(content.len())])
@@ -102,7 +112,7 @@ mod tests {
 
     type Entry = (String, u32, Vec<u8>);
 
-    /// Reads an archive as the kernel documents the format, and insists on all of it.
+    /// Reads an archive by the format documentation of the kernel, and checks every field that is used.
     fn read(mut archive: &[u8]) -> Vec<Entry> {
         let mut entries = Vec::new();
         let mut inodes = Vec::new();
@@ -132,7 +142,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(
+        fn archive_written_and_read_stays_equal(
             entries in prop::collection::vec(("[a-z/.]{1,20}", 0..0o7777u32, any::<Vec<u8>>()), 0..8)
         ) {
             let mut archive = Archive::new(Vec::new());

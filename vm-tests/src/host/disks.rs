@@ -1,4 +1,4 @@
-//! Disk images with a file system, populated without mounting anything.
+//! Builds disk images with a file system, without mounting them.
 
 use crate::Error;
 use crate::machine::{Disk, Format};
@@ -6,7 +6,7 @@ use crate::programs::{command, output};
 use std::fs::{self, File};
 use std::path::Path;
 
-/// Sparse: an image takes as much room as its content.
+/// Builds a sparse image, which uses only the disk space of its content.
 pub fn build(disk: &Disk, content: &Path, image: &Path) -> Result<(), Error> {
     File::create_new(image)?.set_len(disk.size_mib << 20)?;
     match disk.format {
@@ -22,7 +22,7 @@ pub fn build(disk: &Disk, content: &Path, image: &Path) -> Result<(), Error> {
                 .map(|entry| Ok(entry?.path()))
                 .collect::<Result<Vec<_>, Error>>()?;
             if !entries.is_empty() {
-                // -s recurses; the target is the root directory of the image.
+                // -s copies recursively. The target is the root directory of the image.
                 output(
                     command("mcopy")
                         .arg("-i")
@@ -37,7 +37,7 @@ pub fn build(disk: &Disk, content: &Path, image: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// The block size is the page size: fs-verity asks for that on kernels before 6.3.
+/// Builds an ext4 image with a block size equal to the page size: fs-verity needs that on Linux < 6.3.
 fn ext4(features: &[&str], content: &Path, image: &Path) -> Result<(), Error> {
     output(
         command("mkfs.ext4")

@@ -1,4 +1,4 @@
-//! What a machine boots from: vm-init, the modules, and what the machine's description adds.
+//! Builds the initramfs of a machine: vm-init, the modules, and the files of its description.
 
 use super::cpio::Archive;
 use super::kernels::Kernel;
@@ -12,7 +12,7 @@ use std::fs::{self, File};
 use std::io::BufWriter;
 use std::path::PathBuf;
 
-/// Uncompressed: it is read once, from the page cache, by an emulated processor.
+/// Writes the initramfs uncompressed, because an emulated CPU would decompress it slowly.
 pub fn build(lab: &Lab, kernel: &Kernel, machine: &Machine) -> Result<PathBuf, Error> {
     let name = format!("{}-{}", kernel.release, machine.name);
     let path = lab.temporary(&format!("{name}.initramfs"));
@@ -27,7 +27,7 @@ pub fn build(lab: &Lab, kernel: &Kernel, machine: &Machine) -> Result<PathBuf, E
     archive.directory("vm-tests", 0o755)?;
     let order = kernel.load_order(machine.modules)?;
     if !order.missing.is_empty() {
-        say(&format!("{name}: the kernel has no module {}", order.missing.join(", ")));
+        say(&format!("{name}: the kernel does not have the module {}", order.missing.join(", ")));
     }
     if !order.paths.is_empty() {
         archive.directory(&first_stage::MODULES[1..], 0o755)?;

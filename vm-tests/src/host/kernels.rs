@@ -1,4 +1,4 @@
-//! Kernels: fetched from Debian by series, or found in directories.
+//! Gets kernels: fetches a series from Debian, or finds a kernel in a directory.
 
 use super::apt::Apt;
 use super::lab::Lab;
@@ -11,13 +11,13 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
-/// Each in its newest version: the oldest supported, the first that mounts an image file directly,
-/// and the two newest. Nothing depends on the numbers.
+/// The series of the default run. They are the oldest supported kernel, the first kernel that mounts an
+/// image file directly, and the two newest kernels. No code depends on these numbers.
 pub const DEFAULT_SERIES: &[&str] = &["6.1", "6.12", "7.2", "7.3"];
 
 const FLAVOUR: &str = "-cloud-amd64";
 
-/// Where to get a kernel, before it is got.
+/// The source of a kernel that the host has not fetched yet.
 #[derive(Clone, Debug)]
 pub enum Wanted {
     Series(String),
@@ -25,7 +25,7 @@ pub enum Wanted {
 }
 
 impl Wanted {
-    /// What the environment asks for.
+    /// Returns the kernels that SEALMOUNT_VM_KERNELS or SEALMOUNT_VM_SERIES selects.
     pub fn from_environment() -> Vec<Wanted> {
         if let Some(directories) =
             env::var_os("SEALMOUNT_VM_KERNELS").filter(|value| !value.is_empty())
@@ -37,11 +37,11 @@ impl Wanted {
         series.split(',').map(|series| Wanted::Series(series.trim().to_owned())).collect()
     }
 
-    /// What its tests are named by: known before anything is fetched.
+    /// Returns the kernel part of the test names. The name is known before the host fetches the kernel.
     pub fn name(&self) -> String {
         match self {
             Wanted::Series(series) => series.clone(),
-            // A directory that holds no kernel gets tests too: they fail and say so.
+            // A directory without a kernel still has tests. They fail and report the reason.
             Wanted::Directory(dir) => match Kernel::in_directory(dir) {
                 Ok(kernel) => kernel.release,
                 Err(_) => dir.display().to_string(),
@@ -60,7 +60,7 @@ impl Wanted {
 /// A kernel image and its modules.
 #[derive(Debug)]
 pub struct Kernel {
-    /// As `uname -r` says it.
+    /// The release, as `uname -r` prints it.
     pub release: String,
     pub image: PathBuf,
     modules_dir: Option<PathBuf>,
@@ -68,7 +68,7 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Finds the image where packages and people put it, and the modules of its release.
+    /// Finds the image in the usual places, and the modules of its release.
     pub fn in_directory(dir: &Path) -> Result<Kernel, Error> {
         let mut places = vec![dir.to_owned(), dir.join("boot")];
         for modules in ["usr/lib/modules", "lib/modules"] {
@@ -87,7 +87,7 @@ impl Kernel {
         let what = || format!("cannot read {}", image.display());
         File::open(&image).context(what)?.take(1 << 16).read_to_end(&mut head).context(what)?;
         let release = release(&head)
-            .ok_or_else(|| format!("{} is not a bzImage of Linux for x86", image.display()))?;
+            .ok_or_else(|| format!("{} is not a bzImage of x86 Linux", image.display()))?;
 
         let modules_dir = ["usr/lib/modules", "lib/modules"]
             .iter()
@@ -96,7 +96,8 @@ impl Kernel {
         Ok(Kernel { release, image, modules_dir, modules: OnceLock::new() })
     }
 
-    /// Paths of the modules to load to have those named; what is missing is missing.
+    /// Returns the modules to load for `names`, in order. Modules that the kernel lacks are in
+    /// `missing`.
     pub fn load_order(&self, names: &[&str]) -> Result<LoadOrder, Error> {
         if names.is_empty() {
             return Ok(LoadOrder::default());
@@ -108,7 +109,7 @@ impl Kernel {
         if self.modules.get().is_none() {
             let _ = self.modules.set(Modules::of_directory(dir, &self.release)?);
         }
-        let mut order = self.modules.get().expect("it was set").load_order(names);
+        let mut order = self.modules.get().expect("the value was set above").load_order(names);
         order.paths.iter_mut().for_each(|path| *path = dir.join(&*path));
         Ok(order)
     }
@@ -121,7 +122,8 @@ fn children(dir: &Path) -> Vec<PathBuf> {
     paths
 }
 
-/// The release in the head of a bzImage: at 0x20e there is where it starts, less 0x200.
+/// Returns the release from the head of a bzImage. The number at 0x20e is the offset of the text, minus
+/// 0x200.
 fn release(head: &[u8]) -> Option<String> {
     if head.get(0x202..0x206)? != b"HdrS" {
         return None;
@@ -132,40 +134,40 @@ fn release(head: &[u8]) -> Option<String> {
     Some(std::str::from_utf8(text).ok()?.to_owned()).filter(|text| !text.is_empty())
 }
 
-/// A kernel of Debian's, from earlier runs or from its mirror.
+/// Returns a kernel of Debian, from an earlier run or from the mirror.
 fn fetched(lab: &Lab, series: &str) -> Result<Kernel, Error> {
-    /// One at a time, and with the lists of the first.
+    /// The lock allows one fetch at a time. Later fetches use the package lists of the first fetch.
     static APT: Mutex<Option<Apt>> = Mutex::new(None);
 
     let dir = lab.kept("kernels").join(series);
     if dir.is_dir() {
         return Kernel::in_directory(&dir);
     }
-    let mut apt = APT.lock().expect("no use of apt panics");
+    let mut apt = APT.lock().expect("no thread panics while it uses apt");
     if apt.is_none() {
         *apt = Some(Apt::update(&lab.temporary("apt"))?);
     }
-    let apt = apt.as_ref().expect("it was set");
+    let apt = apt.as_ref().expect("the value was set above");
     let names = apt.names("linux-image-")?;
     let newest = newest(&names, series).ok_or_else(|| {
-        let lists = apt.complaint();
+        let update_error = apt.update_error();
         format!(
-            "there is no linux-image-{series}…{FLAVOUR} in the mirror's package lists{lists}; \
-             see SEALMOUNT_VM_SERIES and SEALMOUNT_VM_KERNELS"
+            "no linux-image-{series}…{FLAVOUR} in the package lists of the mirror{update_error}; \
+             set SEALMOUNT_VM_SERIES or SEALMOUNT_VM_KERNELS"
         )
     })?;
     let packages = apt.with_parts(newest)?;
     say(&format!("fetching {}", packages.join(", ")));
 
-    // Under its name there is never half a kernel.
+    // The rename publishes a complete kernel, so other runs never see an incomplete one.
     let temporary = lab.temporary(&format!("kernel-{series}"));
     fs::create_dir_all(&temporary).context(|| format!("cannot make {}", temporary.display()))?;
     apt.unpack(&packages, &temporary).context(|| format!("cannot fetch {newest}"))?;
-    Kernel::in_directory(&temporary).context(|| format!("in what {newest} unpacked to"))?;
-    let parent = dir.parent().expect("it was joined to one");
+    Kernel::in_directory(&temporary).context(|| format!("cannot use the unpacked {newest}"))?;
+    let parent = dir.parent().expect("the directory has a parent");
     fs::create_dir_all(parent).context(|| format!("cannot make {}", parent.display()))?;
     if let Err(error) = fs::rename(&temporary, &dir) {
-        // Another run may have been faster; then its is as good.
+        // Another run may have published this kernel first. Then both kernels are equivalent.
         if !dir.is_dir() {
             return Err(format!(
                 "cannot rename {} to {}: {error}",
@@ -178,7 +180,7 @@ fn fetched(lab: &Lab, series: &str) -> Result<Kernel, Error> {
     Kernel::in_directory(&dir)
 }
 
-/// Of the packages' names, that of the newest kernel of a series.
+/// Returns the package of the newest kernel of a series.
 fn newest<'a>(names: &'a [String], series: &str) -> Option<&'a str> {
     let version = |name: &'a str| {
         let version = name.strip_prefix("linux-image-")?.strip_suffix(FLAVOUR)?;
@@ -192,7 +194,8 @@ fn newest<'a>(names: &'a [String], series: &str) -> Option<&'a str> {
         .map(|(_, name)| name)
 }
 
-/// `7.2.12+deb14` is newer than `7.2.9+deb14`, and than `7.2.12+deb13`.
+/// Returns the numbers of a version for comparison: `7.2.12+deb14` is newer than `7.2.9+deb14` and
+/// `7.2.12+deb13`.
 fn numbers(version: &str) -> Vec<u64> {
     version.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
 }
@@ -202,7 +205,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_of_a_series() {
+    fn series_returns_its_newest_kernel() {
         let names: Vec<String> = [
             "linux-image-6.1.0-50-cloud-amd64",
             "linux-image-6.1.0-9-cloud-amd64",
@@ -222,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn the_release_is_read_from_the_image() {
+    fn kernel_image_returns_its_release() {
         let mut head = vec![0; 0x300];
         head[0x202..0x206].copy_from_slice(b"HdrS");
         head[0x20e..0x210].copy_from_slice(&0x80u16.to_le_bytes());

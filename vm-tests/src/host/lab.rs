@@ -1,4 +1,4 @@
-//! Where machines are put together.
+//! Prepares the files of machines: directories, binaries and disks.
 
 use super::{accelerator, disks};
 use crate::binaries::Binaries;
@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// A directory that keeps what is worth keeping between runs, and
-/// one that is gone with this run.
+/// A directory whose content later runs use, and a directory that the end of this run removes.
 #[derive(Debug)]
 pub struct Lab {
     kept: PathBuf,
@@ -24,7 +23,7 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// `target` is cargo's target directory.
+    /// Creates the directories below `target`, the target directory of cargo.
     pub fn new(target: &Path) -> Result<Lab, Error> {
         if !cfg!(all(target_arch = "x86_64", target_os = "linux")) {
             return Err("the virtual machine tests run on x86-64 Linux only".into());
@@ -48,19 +47,20 @@ impl Lab {
         })
     }
 
-    /// A directory or file that later runs find again.
+    /// Returns a path whose content later runs can use.
     pub fn kept(&self, name: &str) -> PathBuf {
         self.kept.join(name)
     }
 
-    /// A directory or file of this run.
+    /// Returns a path that exists only during this run.
     pub fn temporary(&self, name: &str) -> PathBuf {
         self.run.join(name)
     }
 
-    /// The image of a disk, built when first asked for. Not to be written to: boots share it.
+    /// Returns the image of a disk, and builds it on the first call. All boots share the image, so
+    /// callers must not write to it.
     pub fn disk(&self, disk: &Disk) -> Result<PathBuf, Error> {
-        let mut disks = self.disks.lock().expect("no build of a disk panics");
+        let mut disks = self.disks.lock().expect("no thread panics while it builds a disk");
         if !disks.contains_key(disk.name) {
             let image = self.temporary(&format!("{}.disk", disk.name));
             let content = self.filled(&format!("{}.content", disk.name), disk.fill)?;
@@ -71,7 +71,7 @@ impl Lab {
         Ok(disks[disk.name].clone())
     }
 
-    /// A new directory with what `fill` puts into it.
+    /// Creates a directory and fills it with `fill`.
     pub fn filled(&self, name: &str, fill: Fill) -> Result<PathBuf, Error> {
         let dir = self.temporary(name);
         fs::create_dir(&dir).context(|| format!("cannot make {}", dir.display()))?;
@@ -86,7 +86,7 @@ impl Drop for Lab {
     }
 }
 
-/// Those of processes that were killed and could not remove them.
+/// Removes the directories of runs that were killed before they could clean up.
 fn remove_abandoned_runs(kept: &Path) {
     for entry in fs::read_dir(kept).into_iter().flatten().flatten() {
         let name = entry.file_name();

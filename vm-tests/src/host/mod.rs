@@ -1,4 +1,4 @@
-//! The host side: from a list of scenarios to the result of each on each kernel.
+//! The host side: runs a list of scenarios, and returns the result of each scenario on each kernel.
 
 mod accelerator;
 mod apt;

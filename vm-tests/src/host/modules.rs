@@ -1,4 +1,4 @@
-//! Kernel modules: which ones a module needs, and in which order.
+//! Finds the dependencies of kernel modules and the order to load them in.
 
 use crate::programs::{command, output};
 use crate::{Context, Error};
@@ -6,27 +6,27 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What depmod knows about a kernel's modules. Names are spelled with underscores, as the kernel
-/// spells them, however their files are named.
+/// The modules of a kernel, from the output of depmod. Names have underscores, as in the kernel, even
+/// if the file names have dashes.
 #[derive(Debug, Default)]
 pub struct Modules {
     modules: HashMap<String, Module>,
-    /// Modules by the names that others know them by (`crc32c` is what some kernel's `crc32c_generic`
-    /// provides). Patterns are not kept: they are about devices.
+    /// Alias names of modules: on some kernels, `crc32c` is an alias of `crc32c_generic`. Aliases with
+    /// patterns are left out, because they match devices.
     aliases: HashMap<String, Vec<String>>,
     built_in: HashSet<String>,
 }
 
 #[derive(Debug, Default)]
 struct Module {
-    /// Below the directory of the kernel's modules.
+    /// The path below the module directory of the kernel.
     path: PathBuf,
     needs: Vec<String>,
     wants_before: Vec<String>,
     wants_after: Vec<String>,
 }
 
-/// What to load, in order, and what there is not.
+/// The modules to load in this order, and the missing modules.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct LoadOrder {
     pub paths: Vec<PathBuf>,
@@ -34,9 +34,9 @@ pub struct LoadOrder {
 }
 
 impl Modules {
-    /// `dir` is `…/lib/modules/RELEASE`. Debian's packages leave running depmod to the installation,
-    /// and a directory that someone else names is not ours to write to: so nothing in it is relied on
-    /// but the modules, and depmod writes its findings to us.
+    /// Reads the modules in `dir`, which is `…/lib/modules/RELEASE`. Debian's packages do not contain
+    /// the output of depmod, and the host must not write to a foreign directory. So depmod prints its
+    /// output, and this function reads only modules.builtin itself.
     pub fn of_directory(dir: &Path, release: &str) -> Result<Modules, Error> {
         let base = dir
             .ancestors()
@@ -48,14 +48,14 @@ impl Modules {
         Ok(Self::parse(&String::from_utf8_lossy(&found), &built_in))
     }
 
-    /// Parses modules.dep, modules.softdep and modules.alias, in one or joined in any order, and
+    /// Parses the content of modules.dep, modules.softdep and modules.alias, in any order, and
     /// modules.builtin.
     pub fn parse(found: &str, built_in: &str) -> Modules {
         let mut all = Modules {
             built_in: built_in.lines().map(name_of_path).collect(),
             ..Modules::default()
         };
-        // What is said of a module may come before the module.
+        // A softdep line may precede the line of its module.
         let mut soft = Vec::new();
         for line in found.lines() {
             if let Some((path, needs)) =
@@ -98,7 +98,7 @@ impl Modules {
         all
     }
 
-    /// What to load to have all these modules, each after what it needs.
+    /// Returns the modules to load for `names`, each after its dependencies.
     pub fn load_order(&self, names: &[&str]) -> LoadOrder {
         let mut order = LoadOrder::default();
         let mut seen = HashSet::new();
@@ -110,7 +110,7 @@ impl Modules {
         order
     }
 
-    /// False: no module of the name, and not built in.
+    /// Returns false if the name is neither a module nor built in.
     fn visit(&self, name: &str, seen: &mut HashSet<String>, paths: &mut Vec<PathBuf>) -> bool {
         if let Some(module) = self.modules.get(name) {
             if seen.insert(name.to_owned()) {
@@ -131,13 +131,13 @@ impl Modules {
         else {
             return seen.contains(name);
         };
-        // All of them, as modprobe does: they are the generic one and those for some processors.
+        // modprobe loads all modules of an alias too: a generic one, and others for some CPUs.
         let found = providers.iter().filter(|provider| self.visit(provider, seen, paths));
         found.count() > 0
     }
 }
 
-/// The module as the kernel takes it. Not every kernel can decompress modules itself.
+/// Returns the decompressed module, because some kernels cannot decompress modules.
 pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
     let what = || format!("cannot read {}", path.display());
     match path.extension().and_then(|extension| extension.to_str()) {
@@ -152,11 +152,11 @@ pub fn read(path: &Path) -> Result<Vec<u8>, Error> {
                 .context(what)
         }
         Some("ko") => fs::read(path).context(what),
-        _ => Err(format!("{} is compressed in a way that is not supported", path.display()).into()),
+        _ => Err(format!("cannot read {}: unknown compression", path.display()).into()),
     }
 }
 
-/// `kernel/fs/nls/nls_iso8859-1.ko.xz` is `nls_iso8859_1`.
+/// Returns the module name of a path: `nls_iso8859_1` for `kernel/fs/nls/nls_iso8859-1.ko.xz`.
 fn name_of_path(path: &str) -> String {
     let file = path.rsplit('/').next().unwrap_or(path);
     normal(file.split(".ko").next().unwrap_or(file))
@@ -172,7 +172,7 @@ mod tests {
     use proptest::prelude::*;
 
     const FOUND: &str = "\
-# softdep first: what depmod says of a module may come before it.
+# The softdep line precedes the line of its module.
 softdep btrfs pre: sha256 crypto-crc32c post: later
 kernel/fs/btrfs/btrfs.ko.xz: kernel/lib/raid6_pq.ko.xz kernel/crypto/xor.ko.xz
 kernel/lib/raid6_pq.ko.xz:
@@ -195,30 +195,30 @@ kernel/b.ko: kernel/a.ko
     }
 
     #[test]
-    fn needs_and_wishes_come_first() {
+    fn load_order_keeps_dependencies_first() {
         let (loaded, missing) = order(&["btrfs", "xor"]);
         assert_eq!(loaded, ["sha256_generic", "crc32c_intel", "raid6_pq", "xor", "btrfs", "later"]);
         assert!(missing.is_empty());
     }
 
     #[test]
-    fn built_in_is_not_missing() {
+    fn built_in_module_is_not_reported_missing() {
         assert_eq!(order(&["ext4"]), (vec![], vec![]));
         assert_eq!(order(&["none-such"]), (vec![], vec!["none-such".to_owned()]));
     }
 
     #[test]
-    fn either_spelling_is_found() {
+    fn dash_and_underscore_return_same_module() {
         assert_eq!(order(&["crc32c_intel"]), order(&["crc32c-intel"]));
     }
 
     #[test]
-    fn a_cycle_ends() {
+    fn cyclic_dependencies_return_each_module_once() {
         assert_eq!(order(&["a"]).0, ["b", "a"]);
     }
 
     #[test]
-    fn however_it_is_compressed_it_is_read() {
+    fn module_of_any_compression_returns_content() {
         let dir = std::env::temp_dir().join(format!("vm-tests-modules-{}", std::process::id()));
         fs::create_dir(&dir).unwrap();
         let plain = dir.join("module.ko");
@@ -236,7 +236,7 @@ kernel/b.ko: kernel/a.ko
 
     proptest! {
         #[test]
-        fn garbage_never_panics(found: String, built_in: String, name: String) {
+        fn arbitrary_module_list_never_panics(found: String, built_in: String, name: String) {
             Modules::parse(&found, &built_in).load_order(&[&name]);
             Modules::parse(&format!("softdep {found}\n{found}.ko: x"), &built_in).load_order(&[&name]);
         }

@@ -1,11 +1,11 @@
-//! QEMU's monitor (QMP): asks where the processors of a machine are that says nothing any more.
+//! Asks the QEMU monitor (QMP) for the CPU state of a machine that hangs.
 
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-/// QEMU answers at once, or hangs too.
+/// The limit of one answer. A working QEMU answers at once.
 const LIMIT: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
@@ -18,8 +18,8 @@ impl Monitor {
         Monitor { connection: BufReader::new(connection) }
     }
 
-    /// The registers of every processor, and then a non-maskable interrupt for each, at which the
-    /// kernel says on the console what it was doing (`unknown_nmi_panic`).
+    /// Returns the registers of every CPU and sends a non-maskable interrupt (NMI). With
+    /// `unknown_nmi_panic`, the kernel then prints its call trace on the console.
     pub fn interrupt(&mut self) -> Result<String, String> {
         self.connection.get_ref().set_read_timeout(Some(LIMIT)).map_err(|e| e.to_string())?;
         self.ask(&json!({ "execute": "qmp_capabilities" }))?;
@@ -43,7 +43,7 @@ impl Monitor {
                 Err(error) => return Err(failed(&error)),
             }
             let answer: Value = serde_json::from_str(&line).map_err(|error| failed(&error))?;
-            // All else is a greeting or an event.
+            // Other lines are the greeting or events.
             match (answer.get("return"), answer.get("error")) {
                 (Some(result), _) => return Ok(result.clone()),
                 (_, Some(error)) => return Err(failed(error)),
@@ -53,7 +53,7 @@ impl Monitor {
     }
 }
 
-/// Those of vectors and floating point are many, and say nothing about where a kernel is.
+/// Removes the vector and floating-point registers. They do not show where the kernel hangs.
 fn without_vectors(registers: &str) -> String {
     let is_vector = |line: &&str| {
         ["FCW=", "FPR", "XMM", "YMM", "ZMM", "Opmask"].iter().any(|name| line.starts_with(name))

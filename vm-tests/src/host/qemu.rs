@@ -1,5 +1,5 @@
-//! Runs a machine: boots it, has it run scenarios, and says of each how it ended, whatever happens to
-//! the machine.
+//! Boots a machine, runs scenarios in it, and reports a verdict for each scenario, even if the machine
+//! fails.
 
 use super::accelerator::{EMULATION, KVM, escaped};
 use super::initramfs;
@@ -26,29 +26,30 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How much later than the guest, which enforces a scenario's limit, the host gives up on the guest.
+/// The guest enforces the time limit of a scenario. The host waits this much longer before it gives up
+/// on the guest.
 const GRACE: Duration = Duration::from_secs(10);
-/// From the end of QEMU's output to that of its process.
+/// The limit from the end of the QEMU output to the end of its process.
 const END_LIMIT: Duration = Duration::from_secs(20);
-/// For a kernel's last words, over an emulated serial line.
+/// The limit for the last messages of a kernel over an emulated serial line.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(5);
 
-/// x86 kernels cut off what is longer.
+/// x86 kernels truncate longer command lines.
 const COMMAND_LINE_LIMIT: usize = 2047;
 
-/// Why a scenario did not pass.
+/// The reason why a scenario did not pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     pub message: String,
-    /// The console: from the start of the scenario if its machine was ready, else all of it.
+    /// The console output. It starts with the scenario if the machine was ready, else with the boot.
     pub log: String,
 }
 
 pub type Verdict = Result<(), Failure>;
 
-/// Boots the kernel in the machine, runs the scenarios in their order and hands on each one's verdict,
-/// with its place in the list, as soon as it is known. Every scenario gets exactly one. That of the
-/// last is known when the machine is off.
+/// Boots the kernel in the machine and runs the scenarios in their order. Calls `report` once for each
+/// scenario, with its number and verdict, as soon as the verdict is known. The last verdict is known
+/// when the machine is off.
 pub fn run(
     lab: &Lab,
     kernel: &Kernel,
@@ -62,7 +63,7 @@ pub fn run(
     }
 }
 
-/// Fails with what is to be said of the scenarios that are left.
+/// Runs scenarios until the machine is lost. Then returns the failure of all remaining scenarios.
 fn run_until_lost<'a>(
     lab: &Lab,
     kernel: &Kernel,
@@ -84,7 +85,7 @@ fn run_until_lost<'a>(
             let ran = running.started.elapsed() - booted;
             if let Err(why) = running.switch_off(machine.off_limit) {
                 let earlier = verdict.err().map_or("passed".into(), |failure| failure.message);
-                verdict = Err(running.failure(format!("{earlier}\nand then: {why}")));
+                verdict = Err(running.failure(format!("{earlier}\nthen: {why}")));
             }
             say(&format!(
                 "{} {}: booted in {:.1} s, ran for {:.1} s",
@@ -101,10 +102,10 @@ fn run_until_lost<'a>(
 
 /// Starts the machine and waits until it is ready.
 ///
-/// Starts the machine a second time if the first one hangs, or if a signal ends QEMU, before vm-init
-/// has said a word. Both have been seen under load: a hang once in some hundreds of boots, and an
-/// assertion of QEMU that failed (hw/pci/msix.c). Nothing under test has run by then. A kernel that
-/// panics, a QEMU that exits and a vm-init that gives up are results.
+/// Starts the machine a second time if, before the first frame of vm-init, the machine hangs or a
+/// signal ends QEMU. Under load, about one boot in several hundred hangs, and an assertion of QEMU
+/// (hw/pci/msix.c) can fail. No code under test has run by then. There is no second start if the kernel
+/// panics, QEMU exits or vm-init reports an error.
 fn boot(lab: &Lab, kernel: &Kernel, machine: &Machine) -> Result<Running, Failure> {
     let cannot_start = |error| Failure {
         message: format!("cannot start the machine: {error}"),
@@ -129,35 +130,35 @@ fn boot(lab: &Lab, kernel: &Kernel, machine: &Machine) -> Result<Running, Failur
         let kept = lab.kept("log").join(format!("{name}.{what}.console"));
         let _ = fs::rename(&running.console, &kept);
         say(&format!(
-            "{name} did not get ready: {why}; starting it once more. See {}",
+            "{name} did not get ready: {why}; starting the machine again. See {}",
             kept.display()
         ));
         earlier = format!(", twice. The first time: {}", kept.display());
     }
 }
 
-/// Why a machine says nothing more. It is off then.
+/// The reason why a machine sends no frame. QEMU has ended by then.
 enum Silence {
     Hung(String),
-    /// A signal ended QEMU, and not because of a kernel panic.
+    /// A signal ended QEMU, and the kernel did not panic.
     Killed(String),
     Ended(String),
 }
 
-/// A machine that was started; dropping it ends it.
+/// A started machine. Dropping the value ends QEMU.
 struct Running {
     qemu: Child,
     started: Instant,
     token: String,
     requests: UnixStream,
     monitor: Monitor,
-    /// What the guest says, until QEMU ends.
+    /// The lines from the guest, until QEMU ends.
     answers: Receiver<Result<Frame, NotAFrame>>,
     damaged: usize,
     console: PathBuf,
-    /// Where in the console the running scenario's log starts.
+    /// The offset in the console at which the log of the running scenario starts.
     log_start: usize,
-    complaints: PathBuf,
+    stderr: PathBuf,
 }
 
 impl Running {
@@ -169,27 +170,29 @@ impl Running {
         initramfs: &Path,
     ) -> Result<Running, Error> {
         let console = lab.kept("log").join(format!("{name}.console"));
-        let complaints = lab.temporary(&format!("{name}.stderr"));
-        // QEMU opens it only after a while, and an earlier boot's log must not pass for this one's.
+        let stderr = lab.temporary(&format!("{name}.stderr"));
+        // QEMU opens the file late. The log of an earlier boot must not pass for the log of this boot.
         File::create(&console).context(|| format!("cannot make {}", console.display()))?;
 
         let token = format!("{:016x}", RandomState::new().build_hasher().finish());
         let words = (machine.command_line)(&lab.binaries)?;
         let words = format!(
-            // An oops is a failure of the kernel, and a machine after one is good for nothing. The
-            // rest tells where a kernel hangs: what it says before it has its console, at an NMI,
-            // of all processors, and addresses that are those of its symbols.
+            // An oops is a failure of the kernel, and the machine is unusable afterwards. The other
+            // words show where a kernel hangs:
+            // - earlyprintk prints messages before the console is ready,
+            // - unknown_nmi_panic and panic_print print the state of all CPUs at an NMI,
+            // - nokaslr keeps the addresses of the symbols.
             "console=ttyS0 quiet panic=-1 oops=panic earlyprintk=ttyS0 unknown_nmi_panic \
              panic_print=0x40 nokaslr {TOKEN}={token} {words}"
         );
         if words.len() > COMMAND_LINE_LIMIT {
             return Err(format!(
-                "the kernel command line is longer than {COMMAND_LINE_LIMIT} bytes: {words}"
+                "the kernel command line exceeds {COMMAND_LINE_LIMIT} bytes: {words}"
             )
             .into());
         }
 
-        // setpriv: a QEMU that nobody waits for must not stay, however the tests ended.
+        // setpriv ends QEMU when the tests end, even if they are killed.
         let mut qemu = command("setpriv");
         qemu.args(["--pdeathsig", "KILL", "--"])
             .arg(&lab.qemu)
@@ -204,14 +207,16 @@ impl Running {
             .args(["-append", &words])
             .arg("-serial")
             .arg(format!("file:{}", escaped(&console)))
-            // Connections that it inherits need no names, which could be too long for a socket.
+            // An inherited connection needs no path. A path could exceed the length limit of a socket
+            // address.
             .args(["-chardev", "socket,id=channel,fd=0", "-serial", "chardev:channel"])
             .args(["-chardev", "socket,id=monitor,fd=1", "-mon", "chardev=monitor,mode=control"]);
         for (number, disk) in machine.disks.iter().enumerate() {
             let image = lab.disk(disk)?;
             let (id, serial) = (format!("disk{number}"), disk.name);
             qemu.arg("-drive")
-                // Boots share the image: each one's changes go to a temporary file that has no name.
+                // Boots share the image. snapshot=on writes the changes of a boot to an unnamed
+                // temporary file.
                 .arg(format!(
                     "if=none,id={id},format=raw,snapshot=on,cache=unsafe,file={}",
                     escaped(&image)
@@ -224,7 +229,7 @@ impl Running {
             .env("TMPDIR", lab.temporary(""))
             .stdin(OwnedFd::from(requested))
             .stdout(OwnedFd::from(monitored))
-            .stderr(File::create(&complaints)?)
+            .stderr(File::create(&stderr)?)
             .spawn()
             .context(|| "cannot start QEMU".into())?;
 
@@ -250,7 +255,7 @@ impl Running {
             damaged: 0,
             console,
             log_start: 0,
-            complaints,
+            stderr,
         })
     }
 
@@ -258,20 +263,23 @@ impl Running {
         let why = match self.answer(limit)? {
             Frame::Ready { release } if release == kernel.release => return Ok(()),
             Frame::Ready { release } => {
-                format!("it runs {release}, and its kernel's image says {}", kernel.release)
+                format!(
+                    "the machine runs the kernel {release}, but the image is of {}",
+                    kernel.release
+                )
             }
             Frame::Unfit { message } => message,
-            other => format!("it said {other:?}"),
+            other => format!("unexpected frame {other:?}"),
         };
         self.kill();
         Err(Silence::Ended(why))
     }
 
-    /// The verdict, and whether the machine is lost.
+    /// Returns the verdict, and whether the machine is lost.
     fn run(&mut self, scenario: &Scenario) -> (Verdict, bool) {
         self.log_start = self.log().len();
         let request = Frame::Run { scenario: scenario.name.into() };
-        // If QEMU is gone, the missing answer says so.
+        // If QEMU has ended, the wait for the answer reports that.
         let _ = self.requests.write_all(request.encode(&self.token).as_bytes());
         match self.answer(scenario.time_limit + GRACE) {
             Ok(Frame::Passed { scenario: name }) if name == scenario.name => (Ok(()), false),
@@ -279,7 +287,7 @@ impl Running {
                 (Err(self.failure(message)), false)
             }
             Ok(other) => {
-                (Err(self.failure(format!("no result; the machine said {other:?}"))), true)
+                (Err(self.failure(format!("no result: unexpected frame {other:?}"))), true)
             }
             Err(Silence::Hung(why) | Silence::Killed(why) | Silence::Ended(why)) => {
                 (Err(self.failure(format!("no result: {why}"))), true)
@@ -287,7 +295,7 @@ impl Running {
         }
     }
 
-    /// The next frame; or why there is none, and then the machine is off.
+    /// Returns the next frame, or the reason why no frame arrives. In that case the machine is off.
     fn answer(&mut self, limit: Duration) -> Result<Frame, Silence> {
         let deadline = Instant::now() + limit;
         loop {
@@ -298,37 +306,37 @@ impl Running {
                 Err(why) => {
                     let damaged = match self.damaged {
                         0 => String::new(),
-                        lines => format!(" ({lines} damaged lines were received)"),
+                        lines => format!(" ({lines} damaged lines received)"),
                     };
                     if why == RecvTimeoutError::Disconnected {
-                        let (why, is_killed) = self.why_it_ended();
+                        let (why, is_killed) = self.end_reason();
                         self.kill();
                         return Err(match is_killed {
                             true => Silence::Killed(why + &damaged),
                             false => Silence::Ended(why + &damaged),
                         });
                     }
-                    self.log_where_it_hangs();
+                    self.log_cpu_state();
                     return Err(Silence::Hung(format!(
-                        "the machine hung, nothing came for {limit:?}{damaged}"
+                        "the machine hung: no frame for {limit:?}{damaged}"
                     )));
                 }
             }
         }
     }
 
-    /// Ends a machine that hangs; where its processors are is then at the end of the console.
-    fn log_where_it_hangs(&mut self) {
+    /// Ends a machine that hangs, and appends the state of its CPUs to the console.
+    fn log_cpu_state(&mut self) {
         let registers = self.monitor.interrupt().unwrap_or_else(|error| error);
         self.wait(LAST_WORDS_LIMIT);
         self.kill();
         if let Ok(mut console) = File::options().append(true).open(&self.console) {
-            let _ = write!(console, "\n--- processors when it hung\n{registers}");
+            let _ = write!(console, "\n--- CPU state when the machine hung\n{registers}");
         }
     }
 
-    /// Returns the cause, and whether it is a signal that ended QEMU.
-    fn why_it_ended(&mut self) -> (String, bool) {
+    /// Returns why QEMU ended, and whether a signal ended QEMU.
+    fn end_reason(&mut self) -> (String, bool) {
         let status = self.wait(END_LIMIT);
         match (self.kernel_panic(), status) {
             (Some(panic), _) => (panic, false),
@@ -343,22 +351,23 @@ impl Running {
     }
 
     fn end_of_qemu(&self, status: Option<ExitStatus>) -> String {
-        let complaints = fs::read_to_string(&self.complaints).unwrap_or_default();
+        let stderr = fs::read_to_string(&self.stderr).unwrap_or_default();
         let status = status.map_or("no exit status".into(), |status| status.to_string());
-        format!("QEMU ended ({status}): {}", complaints.trim())
+        format!("QEMU ended ({status}): {}", stderr.trim())
     }
 
-    /// In all of the console: it may have come between two scenarios.
+    /// Searches the whole console, because a kernel can panic between two scenarios.
     fn kernel_panic(&self) -> Option<String> {
         let log = self.log();
         log.lines().find_map(|line| Some(line[line.find("Kernel panic")?..].to_owned()))
     }
 
-    /// Fails with what a kernel did that had nothing more to do than to switch off.
+    /// Requests that the guest switch the machine off. Returns the reason if the machine does not end
+    /// normally.
     fn switch_off(&mut self, limit: Duration) -> Result<(), String> {
         let _ = self.requests.write_all(Frame::Off.encode(&self.token).as_bytes());
         let Some(status) = self.wait(limit) else {
-            self.log_where_it_hangs();
+            self.log_cpu_state();
             return Err(format!("the machine was not off after {limit:?}"));
         };
         match self.kernel_panic() {

@@ -1,8 +1,8 @@
-//! Messages of the host while machines run.
+//! Prints messages of the host while machines run.
 
 use std::io::Write;
 
-/// Tells whoever runs the tests, in one write: other threads have things to say too.
+/// Prints a line in one write, so that the lines of two threads cannot mix.
 pub fn say(text: &str) {
     let _ = std::io::stderr().write_all(format!("vm-tests: {text}\n").as_bytes());
 }

@@ -1,4 +1,4 @@
-//! All scenarios on all kernels: which machines to boot for those that were asked for.
+//! Selects the scenarios and kernels of a run, and boots the machines that they need.
 
 use super::kernels::{Kernel, Wanted};
 use super::lab::Lab;
@@ -21,7 +21,8 @@ pub struct Test {
     scenario: &'static Scenario,
 }
 
-/// A kernel, got when the first machine needs it. Getting it fails for all or for none.
+/// A kernel that the host gets when the first machine needs it. If that fails, all tests of the kernel
+/// fail.
 #[derive(Debug)]
 struct Shared {
     wanted: Wanted,
@@ -31,20 +32,21 @@ struct Shared {
 impl Shared {
     fn get(&self, lab: &Lab) -> Result<&Kernel, String> {
         let get = || {
-            let no_kernel = |error| format!("no kernel {}: {error}", self.wanted.name());
+            let no_kernel =
+                |error| format!("cannot get the kernel {}: {error}", self.wanted.name());
             self.wanted.get(lab).map_err(no_kernel)
         };
         self.got.get_or_init(get).as_ref().map_err(String::clone)
     }
 }
 
-/// The tests there are.
+/// The tests of a run.
 #[derive(Debug)]
 pub struct Suite {
     pub tests: Vec<Test>,
 }
 
-/// The part of the tests that a run is for.
+/// The part of the tests that a run covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     All,
@@ -84,7 +86,7 @@ impl Suite {
             let kernel_name = wanted.name();
             if names.contains(&kernel_name) {
                 return Err(format!(
-                    "two of the kernels are {kernel_name}; tests could not tell them apart"
+                    "two kernels have the name {kernel_name}, so their tests would have equal names"
                 )
                 .into());
             }
@@ -114,8 +116,7 @@ impl Suite {
         });
     }
 
-    /// Starts running the selected tests, in threads of their own: kernels and machines in the order
-    /// of the tests.
+    /// Runs the selected tests in new threads. Kernels and machines start in the order of the tests.
     pub fn start(&self, lab: Arc<Lab>, selected: impl Fn(&str) -> bool) -> Session {
         let mut boots: Vec<Boot> = Vec::new();
         for test in self.tests.iter().filter(|test| selected(&test.name)) {
@@ -130,12 +131,18 @@ impl Suite {
         let verdicts = Arc::new(Verdicts::default());
         let work = |_| {
             let (boots, lab, verdicts) = (boots.clone(), lab.clone(), verdicts.clone());
-            // A machine dies with the thread that started it, so a thread sees its machines through.
+            // QEMU dies with the thread that started it, so each thread waits for its own machines.
             thread::spawn(move || {
-                while let Some(boot) = { boots.lock().expect("taking one does not panic").next() } {
-                    // A machine's description may hold a bug; nobody is to wait for its verdicts forever.
+                while let Some(boot) =
+                    { boots.lock().expect("no thread panics while it takes a boot").next() }
+                {
+                    // The functions of a machine description may panic. Each of its tests still needs a
+                    // verdict.
                     if catch_unwind(AssertUnwindSafe(|| boot.run(&lab, &verdicts))).is_err() {
-                        boot.fail(&verdicts, "the host's side of the machine panicked, see above");
+                        boot.fail(
+                            &verdicts,
+                            "the host side of this machine panicked; see the message above",
+                        );
                     }
                 }
             })
@@ -145,18 +152,19 @@ impl Suite {
     }
 }
 
-/// A machine has two processors, and is rarely using both.
+/// Returns the number of machines to run at the same time. One machine per CPU is enough: a machine has
+/// two CPUs, but rarely uses both.
 fn jobs() -> usize {
-    let asked = env::var("SEALMOUNT_VM_JOBS").ok().and_then(|jobs| jobs.parse().ok());
-    let processors = || thread::available_parallelism().map_or(1, |processors| processors.get());
-    asked.unwrap_or_else(processors).max(1)
+    let configured = env::var("SEALMOUNT_VM_JOBS").ok().and_then(|jobs| jobs.parse().ok());
+    let cpus = || thread::available_parallelism().map_or(1, |cpus| cpus.get());
+    configured.unwrap_or_else(cpus).max(1)
 }
 
 /// Tests that share one boot of one kernel.
 #[derive(Debug)]
 struct Boot {
     machine: &'static Machine,
-    /// Never empty.
+    /// The tests of this boot. The list is never empty.
     tests: Vec<Test>,
 }
 
@@ -178,7 +186,7 @@ impl Boot {
         }
     }
 
-    /// All that have no verdict yet.
+    /// Fails all tests without a verdict.
     fn fail(&self, verdicts: &Verdicts, message: &str) {
         for test in &self.tests {
             verdicts
@@ -187,7 +195,7 @@ impl Boot {
     }
 }
 
-/// By the tests' names, as they come.
+/// The verdicts that are known so far, by test name.
 #[derive(Debug, Default)]
 struct Verdicts {
     known: Mutex<HashMap<String, Verdict>>,
@@ -195,15 +203,15 @@ struct Verdicts {
 }
 
 impl Verdicts {
-    /// The first one counts.
+    /// Stores a verdict, unless the test already has one.
     fn put(&self, name: &str, verdict: Verdict) {
-        let mut known = self.known.lock().expect("keeping a verdict does not panic");
+        let mut known = self.known.lock().expect("no thread panics while it stores a verdict");
         known.entry(name.to_owned()).or_insert(verdict);
         self.more.notify_all();
     }
 }
 
-/// Tests that are being run.
+/// A run of tests.
 #[derive(Debug)]
 pub struct Session {
     pub lab: Arc<Lab>,
@@ -212,16 +220,17 @@ pub struct Session {
 }
 
 impl Session {
-    /// Waits for a test's. It must be one of those selected.
+    /// Waits for the verdict of a test, which must be one of the selected tests.
     pub fn verdict(&self, name: &str) -> Verdict {
-        let known = self.verdicts.known.lock().expect("keeping a verdict does not panic");
+        let known = self.verdicts.known.lock().expect("no thread panics while it stores a verdict");
         let known = self.verdicts.more.wait_while(known, |known| !known.contains_key(name));
-        known.expect("keeping a verdict does not panic")[name].clone()
+        known.expect("no thread panics while it stores a verdict")[name].clone()
     }
 
-    /// Waits for the last machine to be off.
+    /// Waits until the last machine is off.
     pub fn finish(&self) {
-        let threads = std::mem::take(&mut *self.threads.lock().expect("waiting does not panic"));
+        let threads =
+            std::mem::take(&mut *self.threads.lock().expect("no thread panics while it waits"));
         for thread in threads {
             let _ = thread.join();
         }
@@ -243,10 +252,10 @@ mod tests {
         };
         let (mut parts, mut all) = (names(Part::Quick), names(Part::All));
         for (name, is_quick) in [
-            ("6.1::tree_plain", true),
-            ("7.3::tree_plain", true),
-            ("6.12::tree_plain", false),
-            ("7.3::parallel_mounts", false),
+            ("6.1::tree_without_copy_mounts_as_manifest", true),
+            ("7.3::tree_without_copy_mounts_as_manifest", true),
+            ("6.12::tree_without_copy_mounts_as_manifest", false),
+            ("7.3::parallel_mounts_all_get_loop_devices", false),
         ] {
             assert_eq!(parts.iter().any(|other| other == name), is_quick, "{name}");
         }

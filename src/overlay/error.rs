@@ -1,0 +1,151 @@
+//! The reason why an overlay cannot be mounted.
+
+use std::path::PathBuf;
+
+use crate::digest::VerityUnavailable;
+use crate::erofs::ErofsError;
+use crate::kernel::{ErrorKind, Hint, KernelError};
+use crate::location::{DirectoryError, DirectoryRole};
+use crate::util::text::shown;
+
+/// The reason why an overlay cannot be mounted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OverlayError {
+    /// The options name no object directory.
+    #[error("object directories: cannot mount an overlay: no directory given")]
+    NoObjects,
+
+    /// A directory is missing, not a directory, or out of reach.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+
+    /// A directory is given twice. overlayfs uses a directory for one layer only.
+    #[error(
+        "{role} {}: cannot use the directory twice: it is also the {other_role} {}",
+        shown(path),
+        shown(other_path)
+    )]
+    #[non_exhaustive]
+    SameDirectory {
+        /// The purpose of the directory.
+        role: DirectoryRole,
+        /// The path of the directory.
+        path: PathBuf,
+        /// The other purpose of the directory.
+        other_role: DirectoryRole,
+        /// The path for the other purpose.
+        other_path: PathBuf,
+    },
+
+    /// `upperdir` and `workdir` are not on one mount, as overlayfs requires.
+    #[error(
+        "workdir {}: cannot use the directory: it is not on the mount of upperdir {}",
+        shown(workdir),
+        shown(upperdir)
+    )]
+    #[non_exhaustive]
+    WorkdirOnOtherMount {
+        /// The path of `upperdir`.
+        upperdir: PathBuf,
+        /// The path of `workdir`.
+        workdir: PathBuf,
+    },
+
+    /// Verity is required, and overlayfs would fail to open the objects of a directory.
+    #[error("{}: cannot enforce verity: {reason}", shown(path))]
+    #[non_exhaustive]
+    ObjectsVerityUnavailable {
+        /// The object directory, or an object in it.
+        path: PathBuf,
+        /// The reason.
+        reason: VerityUnavailable,
+    },
+
+    /// Verity is required, and the kernel's overlayfs does not know `verity=require`.
+    #[error("overlayfs: cannot enforce verity: verity=require needs Linux 6.6")]
+    VerityUnsupported,
+
+    /// The EROFS mount cannot be cloned for the overlay.
+    #[error(transparent)]
+    Erofs(#[from] ErofsError),
+
+    /// A system call failed.
+    #[error(transparent)]
+    Kernel(Box<KernelError>),
+}
+
+impl OverlayError {
+    /// Returns the failed system call, if the error is one.
+    pub fn kernel(&self) -> Option<&KernelError> {
+        match self {
+            OverlayError::Erofs(error) => error.kernel(),
+            OverlayError::Kernel(error) => Some(error),
+            _ => None,
+        }
+    }
+
+    /// Returns the [errno](https://man7.org/linux/man-pages/man3/errno.3.html) of the failed system call, if
+    /// there is one.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        match self {
+            OverlayError::Directory(error) => Some(error.raw_os_error()),
+            OverlayError::Erofs(error) => error.raw_os_error(),
+            _ => self.kernel().map(KernelError::raw_os_error),
+        }
+    }
+
+    /// Returns the category of the error, for the decision of a program.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            OverlayError::Directory(error) => error.kind(),
+            OverlayError::NoObjects
+            | OverlayError::SameDirectory { .. }
+            | OverlayError::WorkdirOnOtherMount { .. } => ErrorKind::InvalidOptions,
+            OverlayError::ObjectsVerityUnavailable { .. } | OverlayError::VerityUnsupported => {
+                ErrorKind::VerityUnavailable
+            }
+            OverlayError::Erofs(error) => error.kind(),
+            OverlayError::Kernel(error) => error.kind(),
+        }
+    }
+
+    /// Returns an instruction for a person, if one is known.
+    pub fn hint(&self) -> Option<Hint> {
+        Some(match self {
+            OverlayError::Directory(error) => return error.hint(),
+            OverlayError::NoObjects => Hint::of_types_or_options(
+                "add a directory to OverlayOptions::objects",
+                "add the option basedir=",
+            ),
+            OverlayError::ObjectsVerityUnavailable {
+                reason: VerityUnavailable::NotEnabled,
+                ..
+            } => Hint::of_types_or_options(
+                "enable fs-verity on every object with `fsverity enable`, or set Verity::Off to mount \
+                 without checks of the objects",
+                "enable fs-verity on every object with `fsverity enable`, or add noverity to mount without \
+                 checks of the objects",
+            ),
+            OverlayError::ObjectsVerityUnavailable { .. } => Hint::of_types_or_options(
+                "use ext4 (made or tuned with -O verity) or btrfs and a kernel with CONFIG_FS_VERITY, or \
+                 set Verity::Off to mount without checks of the objects",
+                "use ext4 (made or tuned with -O verity) or btrfs and a kernel with CONFIG_FS_VERITY, or \
+                 add noverity to mount without checks of the objects",
+            ),
+            OverlayError::VerityUnsupported => Hint::of_types_or_options(
+                "set Verity::Try or Verity::Off to mount without checks of the objects",
+                "add verity=try or noverity to mount without checks of the objects",
+            ),
+            OverlayError::Erofs(error) => return error.hint(),
+            OverlayError::Kernel(error) => return error.hint(),
+            _ => return None,
+        })
+    }
+}
+
+impl From<KernelError> for OverlayError {
+    fn from(error: KernelError) -> OverlayError {
+        OverlayError::Kernel(Box::new(error))
+    }
+}

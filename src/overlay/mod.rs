@@ -1,0 +1,393 @@
+//! The overlay of an image and its object directories: methods and their fallbacks.
+
+mod attached;
+mod error;
+mod layers;
+mod method;
+mod objects;
+mod options;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+
+use rustix::io::Errno;
+use rustix::mount::MountAttrFlags;
+
+use crate::digest::VerityUnavailable;
+use crate::erofs::ErofsMount;
+use crate::kernel::fs_context::{FsContext, STRING_MAX};
+use crate::kernel::mount::Mount;
+use crate::kernel::private_namespace::in_private_namespace;
+use crate::kernel::{KernelError, Operation, Unsupported};
+use crate::location::{DirectoryRole, Location};
+use crate::source::Source;
+
+use attached::AttachedLayers;
+pub use error::OverlayError;
+use layers::{Layer, Layers, Upper};
+pub use method::LayerMethod;
+use objects::check_verity;
+pub use options::{
+    Atime, MountAttributes, OverlayOptions, SelinuxContexts, SuperblockFlags, UpperLayer, Verity,
+};
+
+/// The verification of the objects of a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ObjectVerity {
+    /// overlayfs checks every object against the digest in the image, and the kernel's fs-verity checks
+    /// every read of the object.
+    Enforced,
+    /// Objects are not verified, because the options do not request it.
+    NotRequested,
+    /// Objects are not verified, because the options disable it ([`Verity::Off`]).
+    Disabled,
+    /// Objects are not verified ([`Verity::Try`]): the kernel's overlayfs does not know `verity=require`.
+    UnsupportedByOverlay,
+    /// Objects are not verified ([`Verity::Try`]): sampled objects would fail the check.
+    UnsupportedByObjects(VerityUnavailable),
+}
+
+impl fmt::Display for ObjectVerity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ObjectVerity::Enforced => f.write_str("objects are verified (verity=require)"),
+            ObjectVerity::NotRequested => f.write_str("objects are not verified: not requested"),
+            ObjectVerity::Disabled => f.write_str("objects are not verified: disabled"),
+            ObjectVerity::UnsupportedByOverlay => f.write_str(
+                "objects are not verified: this kernel's overlayfs does not support verity=require",
+            ),
+            ObjectVerity::UnsupportedByObjects(reason) => {
+                write!(f, "objects are not verified: in an object directory, {reason}")
+            }
+        }
+    }
+}
+
+/// A report on the mount of an overlay.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct OverlayReport {
+    /// The method that was used.
+    pub method: LayerMethod,
+    /// The methods that this kernel does not support, in the order of the attempts.
+    pub unsupported: Vec<Unsupported<LayerMethod>>,
+    /// The verification of the objects.
+    pub verity: ObjectVerity,
+}
+
+/// Object directories and an upper layer, opened and checked: everything of an overlay except the image.
+///
+/// The fourth stage of a mount, made by [`OverlayOptions::open`]. An overlay can be opened before an image is
+/// copied, so that a missing directory is found early. [`mount`](Overlay::mount) mounts the overlay on an
+/// [`ErofsMount`].
+#[derive(Debug)]
+pub struct Overlay {
+    layers: Layers,
+    options: OverlayOptions,
+    /// The result of the sampling of objects, if it is known already.
+    objects: Option<Result<(), VerityUnavailable>>,
+}
+
+impl OverlayOptions {
+    /// Opens the directories and checks them.
+    ///
+    /// With [`Verity::Require`], up to four objects of each directory are sampled, and a directory is
+    /// rejected if one of them lacks fs-verity. Later changes of the paths have no effect.
+    ///
+    /// # Errors
+    ///
+    /// [`OverlayError`]
+    pub fn open(&self) -> Result<Overlay, OverlayError> {
+        if self.objects.is_empty() {
+            return Err(OverlayError::NoObjects);
+        }
+        let open = |location: &Location| Layer::open(location, DirectoryRole::Objects);
+        let layers = Layers {
+            objects: self.objects.iter().map(open).collect::<Result<_, _>>()?,
+            upper: self.upper.as_ref().map(Upper::open).transpose()?,
+        };
+        layers.check()?;
+        let mut overlay = Overlay { layers, options: self.clone(), objects: None };
+        if let Some(verity) = self.verity {
+            overlay.objects = overlay.check_objects(verity)?;
+        }
+        Ok(overlay)
+    }
+}
+
+/// The image of an overlay.
+pub(crate) enum ImageLayer<'a> {
+    /// The overlay may use up the mount.
+    Owned(ErofsMount),
+    /// The mount stays with the caller.
+    Borrowed(&'a ErofsMount),
+}
+
+impl ImageLayer<'_> {
+    fn get(&self) -> &ErofsMount {
+        match self {
+            ImageLayer::Owned(mount) => mount,
+            ImageLayer::Borrowed(mount) => mount,
+        }
+    }
+
+    /// Returns a detached mount that can be attached.
+    fn into_fd(self) -> Result<OwnedFd, OverlayError> {
+        let mount = match self {
+            ImageLayer::Owned(mount) => mount,
+            ImageLayer::Borrowed(mount) => mount.try_clone()?,
+        };
+        mount.into_mount().0.into_fd().map_err(|(_, error)| error.into())
+    }
+}
+
+impl Overlay {
+    /// Samples the objects. With [`Verity::Require`], fails if they cannot be verified.
+    fn check_objects(
+        &self,
+        verity: Verity,
+    ) -> Result<Option<Result<(), VerityUnavailable>>, OverlayError> {
+        if verity == Verity::Off {
+            return Ok(None);
+        }
+        for layer in &self.layers.objects {
+            match (check_verity(layer), verity) {
+                (Ok(()), _) => {}
+                (Err(OverlayError::ObjectsVerityUnavailable { reason, .. }), Verity::Try) => {
+                    return Ok(Some(Err(reason)));
+                }
+                (Err(error), _) => return Err(error),
+            }
+        }
+        Ok(Some(Ok(())))
+    }
+
+    /// Mounts the overlay on an image, detached. Notes unsupported methods in `unsupported`, also if the
+    /// mount fails.
+    pub(crate) fn mount_noting(
+        &self,
+        image: ImageLayer,
+        unsupported: &mut Vec<Unsupported<LayerMethod>>,
+    ) -> Result<(Mount, OverlayReport), OverlayError> {
+        let digest = image.get().source().digest();
+        let verity = self.options.verity.unwrap_or(match digest {
+            Some(_) => Verity::Require,
+            None => Verity::Off,
+        });
+        let objects = match self.objects {
+            Some(objects) => Some(objects),
+            None => self.check_objects(verity)?,
+        };
+        let mounting = Mounting {
+            layers: &self.layers,
+            options: &self.options,
+            source: self.source_name(image.get().source()),
+            path: image.get().source().path().to_owned(),
+            verity: if matches!(objects, Some(Err(_))) { Verity::Off } else { verity },
+        };
+        let (fd, method, enforced) = mounting.mount(image, unsupported)?;
+        let verity = match (objects, self.options.verity) {
+            (Some(Err(reason)), _) => ObjectVerity::UnsupportedByObjects(reason),
+            (_, Some(Verity::Off)) => ObjectVerity::Disabled,
+            _ => enforced,
+        };
+        Ok((Mount::new(fd), OverlayReport { method, unsupported: unsupported.clone(), verity }))
+    }
+
+    /// Returns the source that findmnt(8) shows.
+    fn source_name(&self, image: &Source) -> OsString {
+        match (&self.options.source, image.location()) {
+            (Some(source), _) => source.clone(),
+            // mount(8) passes and compares the path without symbolic links.
+            (None, Location::Path(path)) => std::fs::canonicalize(path)
+                .or_else(|_| std::path::absolute(path))
+                .unwrap_or_else(|_| path.clone())
+                .into_os_string(),
+            (None, Location::Fd(_)) => "composefs".into(),
+        }
+    }
+}
+
+/// One mount of an overlay.
+struct Mounting<'a> {
+    layers: &'a Layers,
+    options: &'a OverlayOptions,
+    /// The source that mountinfo shows.
+    source: OsString,
+    /// The path of the image, for messages.
+    path: std::path::PathBuf,
+    verity: Verity,
+}
+
+impl Mounting<'_> {
+    /// Mounts the overlay, detached.
+    ///
+    /// The methods, newest first. An errno in parentheses means "not supported".
+    /// 1. Detached mounts by descriptor, Linux 6.15 (from 6.13, EINVAL "failed to clone lowerpath" for the
+    ///    superblock; from 6.5, EBADF for O_PATH descriptors; before, EOPNOTSUPP). All other methods need
+    ///    layers that are attached, and have paths, in the caller's mount namespace.
+    /// 2. `lowerdir+` and `datadir+`, Linux 6.7 (EINVAL for an unknown option).
+    /// 3. One string with data-only layers, Linux 6.5.
+    /// 4. One string without data-only layers: only after EOPNOTSUPP.
+    fn mount(
+        &self,
+        image: ImageLayer,
+        unsupported: &mut Vec<Unsupported<LayerMethod>>,
+    ) -> Result<(OwnedFd, LayerMethod, ObjectVerity), OverlayError> {
+        let method = LayerMethod::Descriptors;
+        let by_descriptor = |context: &FsContext| self.set_by_descriptor(context, image.get());
+        let error = match self.create_with_verity(&by_descriptor) {
+            Err(OverlayError::Kernel(error)) if means_unsupported(method, &error) => *error,
+            result => return result.map(|(mount, verity)| (mount, method, verity)),
+        };
+        let methods: &[LayerMethod] = match error.errno {
+            Errno::OPNOTSUPP => &[LayerMethod::LowerOnly],
+            _ => &[LayerMethod::Paths, LayerMethod::OneString],
+        };
+        unsupported.push(Unsupported::new(method, error));
+
+        let image = image.into_fd()?;
+        let attached = AttachedLayers::new(&image, self.layers, methods)?;
+        let (more_unsupported, method, result) = in_private_namespace(|use_paths| {
+            attached.attach()?;
+            let mut unsupported = Vec::new();
+            for method in methods {
+                let by_path = |context: &FsContext| attached.set(context, *method, use_paths);
+                match self.create_with_verity(&by_path) {
+                    Err(OverlayError::Kernel(error)) if means_unsupported(*method, &error) => {
+                        unsupported.push(Unsupported::new(*method, *error));
+                    }
+                    result => return Ok((unsupported, *method, result)),
+                }
+            }
+            // Not reached: an error of the last method never means "unsupported".
+            Err(KernelError::new(Operation::CreateSuperblock, Errno::OPNOTSUPP).on("overlay"))
+        })?;
+        unsupported.extend(more_unsupported);
+        result.map(|(mount, verity)| (mount, method, verity))
+    }
+
+    /// Makes the overlay, with `verity=require` if the options request it and overlayfs knows it.
+    ///
+    /// Before Linux 6.6, overlayfs does not know `verity=require` and fails with EINVAL. It fails for the
+    /// option, or for the superblock if it parses all options at the end. If the overlay can be made without
+    /// the option, the option was the reason.
+    fn create_with_verity(
+        &self,
+        set_layers: &dyn Fn(&FsContext) -> Result<(), KernelError>,
+    ) -> Result<(OwnedFd, ObjectVerity), OverlayError> {
+        if self.verity == Verity::Off {
+            return Ok((self.create(false, set_layers)?, ObjectVerity::NotRequested));
+        }
+        let error = match self.create(true, set_layers) {
+            Ok(mount) => return Ok((mount, ObjectVerity::Enforced)),
+            Err(error) => error,
+        };
+        if !may_be_for_verity(&error) {
+            return Err(error.into());
+        }
+        match (self.create(false, set_layers), self.verity) {
+            (Ok(mount), Verity::Try) => Ok((mount, ObjectVerity::UnsupportedByOverlay)),
+            (Ok(_), _) => Err(OverlayError::VerityUnsupported),
+            (Err(_), _) => Err(error.into()),
+        }
+    }
+
+    fn set_by_descriptor(
+        &self,
+        context: &FsContext,
+        image: &ErofsMount,
+    ) -> Result<(), KernelError> {
+        let set = |key, layer: &Layer| context.set_fd(key, &layer.fd, &layer.path());
+        context.set_fd("lowerdir+", image.as_fd(), &self.path)?;
+        self.layers.objects.iter().try_for_each(|layer| set("datadir+", layer))?;
+        if let Some(upper) = &self.layers.upper {
+            set("upperdir", &upper.upperdir)?;
+            set("workdir", &upper.workdir)?;
+        }
+        Ok(())
+    }
+
+    fn create(
+        &self,
+        verity: bool,
+        set_layers: &dyn Fn(&FsContext) -> Result<(), KernelError>,
+    ) -> Result<OwnedFd, KernelError> {
+        let context = FsContext::open("overlay")?.for_image(&self.path);
+        // The layers come first, because most kernels differ in the layers that they accept.
+        set_layers(&context)?;
+        // A path that is too long for fsconfig is too long for a line of findmnt as well.
+        let source = Some(&self.source).filter(|source| source.len() <= STRING_MAX);
+        context.set_string("source", source.map_or("composefs".as_ref(), OsString::as_os_str))?;
+        context.set_string("metacopy", "on")?;
+        context.set_string("redirect_dir", "on")?;
+        if verity {
+            context.set_string("verity", "require")?;
+        }
+        let flags = self.options.superblock_flags;
+        for (key, is_set) in [
+            ("sync", flags.sync),
+            ("dirsync", flags.dirsync),
+            ("lazytime", flags.lazytime),
+            ("mand", flags.mand),
+        ] {
+            if is_set {
+                context.set_flag(key)?;
+            }
+        }
+        for (key, value) in self.options.selinux_contexts.iter() {
+            context.set_string(key, value)?;
+        }
+        if self.options.is_read_only() {
+            context.set_flag("ro")?;
+        }
+        context.create()?;
+        context.mount(mount_attributes(self.options))
+    }
+}
+
+/// Returns whether an error means that the kernel does not support the method.
+fn means_unsupported(method: LayerMethod, error: &KernelError) -> bool {
+    match (method, error.operation, error.errno) {
+        (LayerMethod::Descriptors, Operation::SetOption, errno) => {
+            matches!(errno, Errno::BADF | Errno::OPNOTSUPP)
+        }
+        (LayerMethod::Descriptors, Operation::CreateSuperblock, Errno::INVAL) => true,
+        (LayerMethod::Paths, Operation::SetOption, Errno::INVAL) => error
+            .object
+            .as_ref()
+            .is_some_and(|option| option.as_os_str().as_bytes().starts_with(b"lowerdir+")),
+        _ => false,
+    }
+}
+
+/// Returns whether an error may mean that overlayfs does not know `verity=require`.
+fn may_be_for_verity(error: &KernelError) -> bool {
+    error.errno == Errno::INVAL
+        && match error.operation {
+            Operation::SetOption => error.is_on("verity=require"),
+            operation => operation == Operation::CreateSuperblock,
+        }
+}
+
+fn mount_attributes(options: &OverlayOptions) -> MountAttrFlags {
+    let MountAttributes { nosuid, nodev, noexec, nosymfollow, nodiratime } = options.attributes;
+    let atime = match options.atime {
+        Atime::Relatime => MountAttrFlags::MOUNT_ATTR_RELATIME,
+        Atime::Noatime => MountAttrFlags::MOUNT_ATTR_NOATIME,
+        Atime::Strictatime => MountAttrFlags::MOUNT_ATTR_STRICTATIME,
+    };
+    [
+        (nosuid, MountAttrFlags::MOUNT_ATTR_NOSUID),
+        (nodev, MountAttrFlags::MOUNT_ATTR_NODEV),
+        (noexec, MountAttrFlags::MOUNT_ATTR_NOEXEC),
+        (nosymfollow, MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW),
+        (nodiratime, MountAttrFlags::MOUNT_ATTR_NODIRATIME),
+        (options.is_read_only(), MountAttrFlags::MOUNT_ATTR_RDONLY),
+    ]
+    .into_iter()
+    .fold(atime, |flags, (is_set, flag)| if is_set { flags | flag } else { flags })
+}

@@ -1,0 +1,55 @@
+//! The options of a copy.
+
+use std::fmt;
+
+use crate::digest::Digest;
+
+/// The kind of memory that holds a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MemoryKind {
+    /// A sealed memfd ([memfd_create(2)](https://man7.org/linux/man-pages/man2/memfd_create.2.html), Linux
+    /// 3.17), mounted through a loop device. The kernel may swap it out.
+    Memfd,
+    /// A file in a private ramfs, whose superblock is read-only and which no process can reach. The kernel
+    /// never swaps it out. From Linux 6.12, a ramfs is mounted without a loop device.
+    Ramfs,
+}
+
+impl fmt::Display for MemoryKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            MemoryKind::Memfd => "sealed memfd",
+            MemoryKind::Ramfs => "read-only ramfs",
+        })
+    }
+}
+
+/// The maximum size of a copy, in the format of the tmpfs option `size=`. 0 means no limit. A copy never
+/// gets more memory than is available.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SizeLimit {
+    /// A number of bytes, rounded up to whole pages of 4096 bytes.
+    Bytes(u64),
+    /// A percentage of the memory of the machine.
+    Percent(u32),
+}
+
+/// The options of a copy: the argument of [`Image::copy`](crate::Image::copy).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CopyOptions {
+    /// The kind of memory.
+    pub memory: MemoryKind,
+    /// The maximum size of the copy. `None` means 50 % of the memory of the machine.
+    pub size: Option<SizeLimit>,
+    /// The fs-verity digest that the image must have.
+    pub digest: Option<Digest>,
+}
+
+impl CopyOptions {
+    /// Returns options for a copy in this kind of memory, with the default limit and without a digest.
+    pub fn new(memory: MemoryKind) -> CopyOptions {
+        CopyOptions { memory, size: None, digest: None }
+    }
+}

@@ -1,0 +1,6 @@
+//! Helpers that do not depend on images or mounts.
+
+pub(crate) mod io;
+pub(crate) mod memory;
+pub(crate) mod text;
+pub(crate) mod threads;
