@@ -98,7 +98,8 @@ pub const NOTES: &str = "/run/boot";
 /// The name of the note that the kernel cannot enable fs-verity on the objects.
 pub const NO_VERITY: &str = "no_verity";
 /// The message of the helper on a kernel without fs-verity, after the path of the object directory.
-const NO_FS_VERITY: &str = ": cannot enforce verity: the file system does not support fs-verity";
+const NO_FS_VERITY: &str =
+    ": cannot enforce verity: the kernel or the file system does not support fs-verity";
 /// sealmount copies and hashes the empty blocks too. So the image is large enough to show whether its
 /// memory is freed.
 const IMAGE_BLOCKS: usize = 4096;

@@ -331,7 +331,7 @@ fn digest_errors_are_reported_by_helper(guest: &mut Guest) -> Result<(), Error> 
         (
             "nodev",
             V1.digest()?,
-            "cannot verify the image without a copy: the file system does not support".into(),
+            "cannot verify the image without a copy: the kernel or the file system does not support".into(),
         ),
         ("nodev", V1.digest()?, "hint: add the option copy".into()),
     ] {
