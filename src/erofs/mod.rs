@@ -66,6 +66,16 @@ pub struct ErofsReport {
 /// image is a complete file system. A composefs image shows the names, attributes and xattrs of its files.
 /// Any number of overlays can be made on one EROFS mount: they share its superblock, with the caches of the
 /// kernel. As [`AsFd`], the value is the root directory of the mount: files can be opened relative to it.
+///
+/// ```no_run
+/// use sealmount::Image;
+///
+/// // A plain EROFS image needs no objects: the mount is complete.
+/// let erofs = Image::open_erofs("/images/tools.erofs")?.trust()?.mount()?;
+/// println!("{}", erofs.report().method);
+/// erofs.into_detached().attach("/opt/tools")?;
+/// # Ok::<(), sealmount::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct ErofsMount {
     mount: Mount,

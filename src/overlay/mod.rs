@@ -83,6 +83,17 @@ pub struct OverlayReport {
 /// The fourth stage of a mount, made by [`OverlayOptions::open`]. An overlay can be opened before an image is
 /// copied, so that a missing directory is found early. [`mount`](Overlay::mount) mounts the overlay on an
 /// [`ErofsMount`].
+///
+/// ```no_run
+/// use sealmount::{Image, OverlayOptions};
+///
+/// let image = Image::open("/images/base.cfs")?;
+/// // Opened first: a missing directory is reported before the image is verified and mounted.
+/// let overlay = OverlayOptions::new("/images/objects").open()?;
+/// let erofs = image.trust()?.mount()?;
+/// overlay.mount(&erofs)?.attach("/mnt")?;
+/// # Ok::<(), sealmount::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Overlay {
     layers: Layers,

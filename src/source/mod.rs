@@ -109,6 +109,23 @@ pub struct SourceReport {
 ///
 /// As [`AsFd`], the source is the file itself. The descriptor of a sealed memfd can be handed to another
 /// process. That process can mount or verify the memfd, but cannot change it.
+///
+/// ```
+/// # let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/images/v1/image.cfs");
+/// use sealmount::{CopyOptions, Image, MemoryKind};
+///
+/// let mut options = CopyOptions::new(MemoryKind::Memfd);
+/// options.digest =
+///     Some("9ddad2ef1b11a869370e222a70507d0c94ab025fdb2f62e8bd15b9345fb5f5c1".parse()?);
+/// let source = Image::open(path)?.copy(&options)?;
+/// assert_eq!(source.digest(), options.digest);
+///
+/// // The sealed memfd is an image too, here or in another process. It is used in place.
+/// # use std::os::fd::AsFd;
+/// let memfd = source.as_fd().try_clone_to_owned()?;
+/// assert!(Image::open(memfd)?.is_sealed());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Source(Arc<Inner>);
 
