@@ -51,7 +51,8 @@ impl Overlay {
     /// [`OverlayError`]
     pub fn mount(&self, image: &ErofsMount) -> Result<DetachedMount, OverlayError> {
         let (mount, overlay) = self.mount_noting(ImageLayer::Borrowed(image), &mut Vec::new())?;
-        Ok(DetachedMount::of_overlay(mount, image, overlay))
+        let (source, erofs) = (image.source().report().clone(), image.report().clone());
+        Ok(DetachedMount::new(mount, MountReport { source, erofs, overlay: Some(overlay) }))
     }
 }
 
@@ -60,23 +61,12 @@ impl ErofsMount {
     pub fn into_detached(self) -> DetachedMount {
         let (mount, source, erofs) = self.into_mount();
         let report = MountReport { source: source.report().clone(), erofs, overlay: None };
-        DetachedMount { mount, report: Some(Box::new(report)) }
+        DetachedMount::new(mount, report)
     }
 }
 
 impl DetachedMount {
-    fn of_overlay(mount: Mount, image: &ErofsMount, overlay: OverlayReport) -> DetachedMount {
-        DetachedMount::new(mount, image.source().report(), image.report(), overlay)
-    }
-
-    pub(crate) fn new(
-        mount: Mount,
-        source: &SourceReport,
-        erofs: &ErofsReport,
-        overlay: OverlayReport,
-    ) -> DetachedMount {
-        let (source, erofs) = (source.clone(), erofs.clone());
-        let report = MountReport { source, erofs, overlay: Some(overlay) };
+    pub(crate) fn new(mount: Mount, report: MountReport) -> DetachedMount {
         DetachedMount { mount, report: Some(Box::new(report)) }
     }
 

@@ -2,11 +2,12 @@
 
 use std::ops::ControlFlow;
 
-use crate::attach::DetachedMount;
+use crate::attach::{DetachedMount, MountReport};
 use crate::erofs::{ErofsReport, UserNamespace, check_permission};
 use crate::error::Error;
 use crate::event::{Event, Method};
 use crate::image::Image;
+use crate::kernel::Unsupported;
 use crate::kernel::procfs::Procfs;
 use crate::location::Location;
 use crate::options::MountOptions;
@@ -57,10 +58,7 @@ impl MountOptions {
 
         let mut unsupported = Vec::new();
         let result = source.mount_noting(&mut unsupported);
-        for found in unsupported {
-            let (method, error) = (Method::Source(found.method), found.error);
-            events.send(Event::MethodUnsupported { method, error })?;
-        }
+        events.send_unsupported(unsupported, Method::Source)?;
         let mut erofs = result?;
         events.send_erofs(erofs.report())?;
         if let Some(namespace) = user_namespace {
@@ -74,14 +72,13 @@ impl MountOptions {
             (erofs.source().report().clone(), erofs.report().clone());
         let mut unsupported = Vec::new();
         let result = overlay.mount_noting(ImageLayer::Owned(erofs), &mut unsupported);
-        for found in unsupported {
-            let (method, error) = (Method::Layers(found.method), found.error);
-            events.send(Event::MethodUnsupported { method, error })?;
-        }
-        let (mount, report) = result?;
-        events.send(Event::MethodUsed { method: Method::Layers(report.method) })?;
-        events.send(Event::Verity(report.verity))?;
-        Ok(DetachedMount::new(mount, &source_report, &erofs_report, report))
+        events.send_unsupported(unsupported, Method::Layers)?;
+        let (mount, overlay) = result?;
+        events.send(Event::MethodUsed { method: Method::Layers(overlay.method) })?;
+        events.send(Event::Verity(overlay.verity))?;
+        let report =
+            MountReport { source: source_report, erofs: erofs_report, overlay: Some(overlay) };
+        Ok(DetachedMount::new(mount, report))
     }
 
     /// Runs the stages before the first mount: opens and checks the image and the directories, then verifies
@@ -127,6 +124,17 @@ impl Events<'_> {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => Err(Error::Cancelled),
         }
+    }
+
+    /// Reports methods that this kernel does not support.
+    fn send_unsupported<M>(
+        &mut self,
+        methods: Vec<Unsupported<M>>,
+        method_of: fn(M) -> Method,
+    ) -> Result<(), Error> {
+        methods.into_iter().try_for_each(|Unsupported { method, error }| {
+            self.send(Event::MethodUnsupported { method: method_of(method), error })
+        })
     }
 
     fn send_source(&mut self, report: &SourceReport) -> Result<(), Error> {
