@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{FileType, fstat};
 use rustix::io::Errno;
+use sealmount_sys::SealedMapping;
 
 use crate::digest::text::{Algorithm, Digest};
 use crate::digest::tree::{Hash, MerkleTree};
@@ -52,14 +53,15 @@ pub(crate) struct SpanReader {
 }
 
 impl SpanReader {
-    /// Calls `read` for each piece of each span, with a buffer to fill and the position of the piece.
-    /// Hashes the bytes that `read` leaves in the buffer. Returns the hashes of the spans, in order.
+    /// Calls `read` for each piece of each span, with a buffer to fill and the position of the piece. `read`
+    /// returns `None`, or the bytes of the piece if they are in memory already. Hashes these bytes, or the
+    /// bytes in the buffer. Returns the hashes of the spans, in order.
     ///
     /// The calling thread calls `progress` after each of its pieces. If a thread fails, or `progress`
     /// ends the work or panics, all threads stop within a piece.
-    pub fn run<E: From<Halted> + Send>(
+    pub fn run<'a, E: From<Halted> + Send>(
         &self,
-        read: impl Fn(&mut [u8], u64) -> Result<(), E> + Sync,
+        read: impl Fn(&mut [u8], u64) -> Result<Option<&'a [u8]>, E> + Sync,
         progress: OnProgress,
     ) -> Result<Vec<Hash>, E> {
         let no_memory = |errno| E::from(Halted::NoMemory(errno));
@@ -89,10 +91,10 @@ impl SpanReader {
                         return Ok(());
                     }
                     let length = buffer.len().min((span.end - offset) as usize);
-                    let piece = &mut buffer[..length];
-                    read(piece, offset)?;
+                    let buffer = &mut buffer[..length];
+                    let in_memory = read(buffer, offset)?;
                     if let Some(hasher) = &mut hasher {
-                        hasher.update(piece);
+                        hasher.update(in_memory.unwrap_or(buffer));
                     }
                     offset += length as u64;
                     let so_far = done.fetch_add(length as u64, Ordering::Relaxed) + length as u64;
@@ -375,12 +377,30 @@ pub(crate) fn of_open_file<E: From<Halted> + From<io::Error> + Send>(
     let tree = MerkleTree::new(algorithm, size);
     let reader = SpanReader { tree, threads: useful_threads(), hashes: true };
     let read = |piece: &mut [u8], offset| match read_at(file, piece, offset) {
-        Ok(length) if length == piece.len() => Ok(()),
+        Ok(length) if length == piece.len() => Ok(None),
         Ok(_) => Err(io::Error::new(ErrorKind::UnexpectedEof, "the file shrank while it was read")),
         Err(errno) => Err(errno.into()),
     };
     let hashes = reader.run(|piece, offset| read(piece, offset).map_err(E::from), progress)?;
     Ok(tree.digest(hashes))
+}
+
+/// Computes the digest of a sealed memfd on all CPUs, without a copy of its bytes.
+pub(crate) fn of_sealed_memfd<E: From<Halted> + From<io::Error> + Send>(
+    algorithm: Algorithm,
+    memfd: BorrowedFd,
+    size: u64,
+    progress: OnProgress,
+) -> Result<Digest, E> {
+    let Some(bytes) = SealedMapping::new(memfd).ok().filter(|bytes| bytes.len() as u64 == size)
+    else {
+        // The memfd has a hole, or there is no room for the mapping.
+        return of_open_file(algorithm, memfd, size, progress);
+    };
+    let tree = MerkleTree::new(algorithm, size);
+    let reader = SpanReader { tree, threads: useful_threads(), hashes: true };
+    let piece = |buffer: &mut [u8], offset| Ok(Some(&bytes[offset as usize..][..buffer.len()]));
+    Ok(tree.digest(reader.run::<E>(piece, progress)?))
 }
 
 #[cfg(test)]
@@ -391,6 +411,7 @@ mod tests {
     use std::time::Duration;
 
     use proptest::prelude::*;
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
     use super::*;
 
@@ -435,7 +456,7 @@ mod tests {
         let reader = SpanReader { tree, threads: 4, hashes: false };
         let read = |_: &mut [u8], _| {
             std::thread::sleep(Duration::from_millis(1));
-            Ok(())
+            Ok(None)
         };
         reader.run(read, progress)
     }
@@ -479,8 +500,24 @@ mod tests {
                 prop_assert_eq!(Digest::of_file(algorithm, file(&data)).unwrap(), expected);
                 let reader = Chunks { data: &data, chunk };
                 prop_assert_eq!(Digest::of_reader(algorithm, reader).unwrap(), expected);
+                prop_assert_eq!(of_memfd(algorithm, &data, data.len() as u64), expected);
+                let mut with_hole = data.clone();
+                with_hole.resize(data.len() + 10_000, 0);
+                let expected = Digest::of_bytes(algorithm, &with_hole);
+                prop_assert_eq!(of_memfd(algorithm, &data, with_hole.len() as u64), expected);
             }
         }
+    }
+
+    /// Returns the digest of a sealed memfd of `size` bytes, which starts with `data`.
+    fn of_memfd(algorithm: Algorithm, data: &[u8], size: u64) -> Digest {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let mut memfd = File::from(memfd_create("test", flags).unwrap());
+        memfd.write_all(data).unwrap();
+        memfd.set_len(size).unwrap();
+        fcntl_add_seals(&memfd, SealFlags::WRITE | SealFlags::SHRINK).unwrap();
+        let go_on = &mut |_| ControlFlow::Continue(());
+        of_sealed_memfd::<io::Error>(algorithm, memfd.as_fd(), size, go_on).unwrap()
     }
 
     /// A reader that returns at most so many bytes at a time.

@@ -64,7 +64,7 @@ fn copy(
         threads: if algorithm.is_some() { useful_threads() } else { 1 },
         hashes: algorithm.is_some(),
     };
-    let copy_piece = |piece: &mut [u8], offset| -> Result<(), Stopped> {
+    let copy_piece = |piece: &mut [u8], offset| -> Result<Option<&[u8]>, Stopped> {
         let length = read_at(&image.file, piece, offset)
             .map_err(|errno| failed(Operation::ReadImage, errno))?;
         if length < piece.len() {
@@ -72,7 +72,7 @@ fn copy(
         }
         write_all_at(memory.file(), piece, offset)
             .map_err(|errno| failed(Operation::WriteMemory, errno))?;
-        Ok(())
+        Ok(None)
     };
     let spans = reader.run(copy_piece, progress).map_err(|stopped| stopped.of(path))?;
     let behind = read_at(&image.file, &mut [0], size)

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::digest::parallel::{Halted, OnProgress, of_open_file};
+use crate::digest::parallel::{Halted, OnProgress, of_sealed_memfd};
 use crate::digest::{Digest, VerityStatus, VerityUnavailable};
 use crate::image::compression::is_supported;
 use crate::image::{Compression, Content, Format, Header, Image, ImageProblem};
@@ -290,7 +290,7 @@ impl Image {
     ) -> Result<Source, SourceError> {
         if let Some(expected) = digest {
             let file = self.file.as_fd();
-            let found = of_open_file(expected.algorithm(), file, self.file_size(), progress)
+            let found = of_sealed_memfd(expected.algorithm(), file, self.file_size(), progress)
                 .map_err(|error: HashError| error.of(self.path()))?;
             if found != expected {
                 return Err(SourceError::mismatch(self.path(), expected, found));

@@ -2,10 +2,11 @@
 //!
 //! - loop devices, fs-verity, `mount_setattr`, namespaces of a single thread
 //! - `AT_SECURE`, `sysinfo`, a resource limit, the current CPU
+//! - a mapping of a sealed memfd
 //! - swap areas, for the tests of sealmount
 //! - SHA-256 and SHA-512 of several blocks at a time
 //!
-//! Each function except the hashes makes one system call, is safe to call with any argument, and returns the
+//! Each function except the hashes and the mapping makes one system call, is safe to call with any argument, and returns the
 //! kernel's errno unchanged. This crate holds all `unsafe` code of the project. The API follows the needs of
 //! sealmount and may change with each version.
 //!
@@ -18,6 +19,7 @@ pub mod fsverity;
 pub mod loop_device;
 mod mount_setattr;
 mod namespace;
+mod sealed_mapping;
 pub mod sha256;
 pub mod sha512;
 mod swap;
@@ -30,5 +32,6 @@ pub use namespace::{
     enter_mount_namespace, is_user_namespace, unshare_mount_namespace, unshare_user_namespace,
     unshare_working_directory,
 };
+pub use sealed_mapping::SealedMapping;
 pub use swap::{swap_off, swap_on};
 pub use sysinfo::{SystemMemory, file_size_limit, memory};

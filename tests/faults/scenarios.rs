@@ -1,11 +1,14 @@
 //! The calls of the helper, and the kernels that the tracer imitates.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
 use nix::errno::Errno;
 use nix::libc;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use sealmount::{Algorithm, Digest};
 use test_support::tracer::{Action, Call};
 use test_support::{Sandbox, V1, V2, large_image, sandbox, user_namespace};
@@ -53,6 +56,8 @@ pub struct Place {
     pub mark: String,
     /// Holds the user namespace of `idmap=`.
     pub namespace: Option<(Child, String)>,
+    /// The V1 image in a sealed memfd.
+    sealed: File,
 }
 
 impl Place {
@@ -63,7 +68,8 @@ impl Place {
         }
         let mark = format!("{}-{}", scenario.name.replace([' ', '/'], "-"), std::process::id());
         let namespace = (scenario.outcome == Expected::Idmapped).then(user_namespace);
-        Some(Place { sandbox, mark, namespace })
+        let sealed = sealed_memfd(&mark, &fs::read(V1.image()).unwrap());
+        Some(Place { sandbox, mark, namespace, sealed })
     }
 
     pub fn mount_point(&self) -> PathBuf {
@@ -110,12 +116,28 @@ impl Place {
         )
     }
 
+    /// Returns a call with the V1 image in a sealed memfd.
+    fn v1_sealed(&self, options: &str) -> Vec<String> {
+        let mut arguments = self.v1_verified(options);
+        arguments[0] = format!("/proc/{}/fd/{}", std::process::id(), self.sealed.as_raw_fd());
+        arguments
+    }
+
     /// Returns a call with the V2 image, compressed by a program.
     fn compressed(&self, program: &str, options: &str) -> Vec<String> {
         let output = Command::new(program).arg("-c").arg(V2.image()).output().unwrap();
         assert!(output.status.success(), "{program}: {output:?}");
         self.v2_verified(&output.stdout, options)
     }
+}
+
+fn sealed_memfd(name: &str, content: &[u8]) -> File {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut memfd = File::from(memfd_create(name, flags).unwrap());
+    memfd.write_all(content).unwrap();
+    let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK;
+    fcntl_add_seals(&memfd, seals).unwrap();
+    memfd
 }
 
 /// The UUID of EROFS, which does not affect the tree.
@@ -152,6 +174,12 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "ramfs",
         arguments: |place| place.v1_verified("copy=ramfs"),
+        kernel: None,
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "sealed memfd as image",
+        arguments: |place| place.v1_sealed("copy"),
         kernel: None,
         outcome: Expected::Mount,
     },
