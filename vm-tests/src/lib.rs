@@ -23,7 +23,7 @@
 //! ```
 //!
 //! ```text
-//! cargo test -p vm-tests                       # every scenario on every kernel
+//! cargo test -p vm-tests                       # every test
 //! cargo test -p vm-tests --test vm -- 6.12::boots
 //! ```
 //!
@@ -36,11 +36,14 @@
 //! | `SEALMOUNT_TESTS=rest` | runs all tests that are not in `quick` |
 //! | `SEALMOUNT_TESTS=all` | runs all tests (default) |
 //!
-//! The last line of the output reports the duration of the run. There are 228 tests: every scenario on
-//! each of four kernels. Under emulation, on two idle CPUs, all tests must finish within 10 minutes.
+//! The default run has every scenario on the newest kernels of 6.1, 6.12, 7.2 and 7.3. On two versions with a
+//! fault, 6.17.13 and 6.18.5, the run has the scenarios of the machines with
+//! [`on_faulty_kernels`](machine::Machine::on_faulty_kernels). The last line of the output reports the
+//! duration. Under emulation, on two idle CPUs, all tests must finish within 12 minutes.
 //!
 //! The host fetches each kernel once, to `target/vm/kernels/SERIES`. Delete that directory to fetch
-//! newer kernels. `install-deps` installs the programs that the host needs.
+//! newer kernels. Any version on the mirror can be named: `SEALMOUNT_VM_SERIES=6.19.6`. `install-deps`
+//! installs the programs that the host needs.
 //!
 //! `target/vm/log` keeps the consoles:
 //!

@@ -32,6 +32,9 @@ pub struct Machine {
     pub off_limit: Duration,
     /// The commands that boot this machine. A long scenario needs a machine of [`Tier::Ci`].
     pub tier: Tier,
+    /// Whether the default run also boots this machine on versions with a fault. A run of these versions by
+    /// SEALMOUNT_VM_SERIES boots every machine.
+    pub on_faulty_kernels: bool,
 }
 
 /// The commands that boot a machine. SEALMOUNT_TESTS selects scenarios by the tier of their machine.
@@ -58,6 +61,7 @@ impl Machine {
         boot_limit: Duration::from_secs(90),
         off_limit: Duration::from_secs(60),
         tier: Tier::Quick,
+        on_faulty_kernels: false,
     };
 }
 

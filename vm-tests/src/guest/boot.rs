@@ -69,6 +69,7 @@ pub static BOOTS: Machine = Machine {
     ],
     command_line: |binaries| Ok(format!("{DIGEST}={}", root(binaries)?.digest)),
     takes_over: Some("/sbin/boot-init"),
+    on_faulty_kernels: true,
     ..Machine::BARE
 };
 

@@ -35,11 +35,12 @@ pub static STANDARD: Machine = Machine {
         Disk { name: "btrfs", format: Format::Btrfs, size_mib: 128, fill: fill_disk },
         Disk { name: "fat", format: Format::Fat, size_mib: 64, fill: fill_disk },
     ],
+    on_faulty_kernels: true,
     ..Machine::BARE
 };
 
 /// The machine of scenarios that overwrite its disks.
-pub static ERASED: Machine = Machine { name: "erased", ..STANDARD };
+pub static ERASED: Machine = Machine { name: "erased", on_faulty_kernels: false, ..STANDARD };
 
 /// The machine of scenarios that remove or exhaust a resource that other scenarios need, and restore
 /// it.

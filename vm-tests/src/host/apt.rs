@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The releases that have the kernels of [`super::kernels::DEFAULT_SERIES`], among others.
+/// The releases that have the kernels of the default run, among others.
 const SUITES: &[&str] = &["bookworm", "trixie", "trixie-backports", "forky"];
 
 /// The suites on the mirror of security updates, if the host has that mirror. Backports have no
@@ -37,6 +37,14 @@ const KEYRINGS: &[&str] = &[
     "/usr/share/keyrings/debian-archive-keyring.pgp",
     "/usr/share/keyrings/debian-archive-keyring.gpg",
 ];
+
+/// A package and its parts.
+#[derive(Debug)]
+pub struct Parts {
+    pub packages: Vec<String>,
+    /// The parts that the mirror does not have.
+    pub missing: Vec<String>,
+}
 
 /// A private apt configuration with fresh package lists.
 #[derive(Debug)]
@@ -92,22 +100,22 @@ impl Apt {
 
     /// Returns a package and its parts: all packages that it depends on in exactly its own version.
     /// Since Linux 6.19, Debian splits a kernel into several parts.
-    pub fn with_parts(&self, name: &str) -> Result<Vec<String>, Error> {
-        let mut found = vec![name.to_owned()];
+    pub fn with_parts(&self, name: &str) -> Result<Parts, Error> {
+        let mut found = Parts { packages: vec![name.to_owned()], missing: Vec::new() };
         let mut next = 0;
-        while let Some(name) = found.get(next) {
+        while let Some(name) = found.packages.get(next) {
             let shown =
                 output(self.command("apt-cache").args(["show", "--no-all-versions", name]))?;
-            let package = stanzas(&String::from_utf8_lossy(&shown)).into_iter().next();
-            let package = package.ok_or_else(|| {
-                format!("the mirror has {} but not {name}, a part of that package", found[0])
-            })?;
-            for part in parts(&package) {
-                if !found.contains(&part) {
-                    found.push(part);
+            match stanzas(&String::from_utf8_lossy(&shown)).into_iter().next() {
+                Some(package) => {
+                    let of_package = parts(&package).into_iter();
+                    let new = of_package.filter(|part| !found.packages.contains(part));
+                    let new: Vec<_> = new.filter(|part| !found.missing.contains(part)).collect();
+                    found.packages.extend(new);
+                    next += 1;
                 }
+                None => found.missing.push(found.packages.remove(next)),
             }
-            next += 1;
         }
         Ok(found)
     }

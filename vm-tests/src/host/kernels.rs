@@ -1,9 +1,10 @@
 //! Gets kernels: fetches a series from Debian, or finds a kernel in a directory.
 
-use super::apt::Apt;
+use super::apt::{Apt, Parts};
 use super::lab::Lab;
 use super::modules::{LoadOrder, Modules};
 use super::say::say;
+use crate::machine::Machine;
 use crate::{Context, Error};
 use std::env;
 use std::fs::{self, File};
@@ -11,16 +12,38 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
-/// The series of the default run. They are the oldest supported kernel, the first kernel that mounts an
-/// image file directly, and the two newest kernels. No code depends on these numbers.
-pub const DEFAULT_SERIES: &[&str] = &["6.1", "6.12", "7.2", "7.3"];
+/// The kernels of the default run, oldest first. The series are the oldest supported kernel, the first
+/// kernel that mounts an image file directly, and the two newest kernels. The versions have a fault: an EROFS
+/// from a file counts as a level of stacking. No code depends on these numbers.
+const DEFAULT: &[Default] = &[
+    Default::Series("6.1"),
+    Default::Series("6.12"),
+    Default::Version("6.17.13"),
+    Default::Version("6.18.5"),
+    Default::Series("7.2"),
+    Default::Series("7.3"),
+];
+
+/// A kernel of [`DEFAULT`].
+enum Default {
+    Series(&'static str),
+    Version(&'static str),
+}
 
 const FLAVOUR: &str = "-cloud-amd64";
+
+/// The advice for a version that the mirror does not have.
+const REMOVED: &str = "mirrors remove old versions: give the list DEFAULT in vm-tests/src/host/kernels.rs \
+    another version with the same fault, or set SEALMOUNT_VM_SERIES=6.1,6.12,7.2,7.3";
 
 /// The source of a kernel that the host has not fetched yet.
 #[derive(Clone, Debug)]
 pub enum Wanted {
+    /// The newest kernel of Debian that starts with these numbers.
     Series(String),
+    /// A version of Debian with a fault that other versions of its series do not have. Only the machines
+    /// with [`Machine::on_faulty_kernels`] boot it.
+    FaultyVersion(String),
     Directory(PathBuf),
 }
 
@@ -32,15 +55,32 @@ impl Wanted {
         {
             return env::split_paths(&directories).map(Wanted::Directory).collect();
         }
-        let series = env::var("SEALMOUNT_VM_SERIES").ok().filter(|value| !value.is_empty());
-        let series = series.unwrap_or_else(|| DEFAULT_SERIES.join(","));
-        series.split(',').map(|series| Wanted::Series(series.trim().to_owned())).collect()
+        match env::var("SEALMOUNT_VM_SERIES").ok().filter(|value| !value.is_empty()) {
+            Some(list) => {
+                list.split(',').map(|series| Wanted::Series(series.trim().to_owned())).collect()
+            }
+            None => Wanted::by_default(),
+        }
+    }
+
+    /// Returns the kernels of a run without these variables.
+    pub(super) fn by_default() -> Vec<Wanted> {
+        let wanted = |kernel: &Default| match kernel {
+            Default::Series(series) => Wanted::Series((*series).to_owned()),
+            Default::Version(version) => Wanted::FaultyVersion((*version).to_owned()),
+        };
+        DEFAULT.iter().map(wanted).collect()
+    }
+
+    /// Returns whether the machine boots this kernel.
+    pub fn boots(&self, machine: &Machine) -> bool {
+        !matches!(self, Wanted::FaultyVersion(_)) || machine.on_faulty_kernels
     }
 
     /// Returns the kernel part of the test names. The name is known before the host fetches the kernel.
     pub fn name(&self) -> String {
         match self {
-            Wanted::Series(series) => series.clone(),
+            Wanted::Series(name) | Wanted::FaultyVersion(name) => name.clone(),
             // A directory without a kernel still has tests. They fail and report the reason.
             Wanted::Directory(dir) => match Kernel::in_directory(dir) {
                 Ok(kernel) => kernel.release,
@@ -51,7 +91,10 @@ impl Wanted {
 
     pub fn get(&self, lab: &Lab) -> Result<Kernel, Error> {
         match self {
-            Wanted::Series(series) => fetched(lab, series),
+            Wanted::Series(series) => {
+                fetched(lab, series, "set SEALMOUNT_VM_SERIES or SEALMOUNT_VM_KERNELS")
+            }
+            Wanted::FaultyVersion(version) => fetched(lab, version, REMOVED),
             Wanted::Directory(dir) => Kernel::in_directory(dir),
         }
     }
@@ -134,8 +177,9 @@ fn release(head: &[u8]) -> Option<String> {
     Some(std::str::from_utf8(text).ok()?.to_owned()).filter(|text| !text.is_empty())
 }
 
-/// Returns a kernel of Debian, from an earlier run or from the mirror.
-fn fetched(lab: &Lab, series: &str) -> Result<Kernel, Error> {
+/// Returns a kernel of Debian, from an earlier run or from the mirror. `advice` ends the message if the mirror
+/// does not have the kernel.
+fn fetched(lab: &Lab, series: &str, advice: &str) -> Result<Kernel, Error> {
     /// The lock allows one fetch at a time. Later fetches use the package lists of the first fetch.
     static APT: Mutex<Option<Apt>> = Mutex::new(None);
 
@@ -152,18 +196,23 @@ fn fetched(lab: &Lab, series: &str) -> Result<Kernel, Error> {
     let newest = newest(&names, series).ok_or_else(|| {
         let update_error = apt.update_error();
         format!(
-            "no linux-image-{series}…{FLAVOUR} in the package lists of the mirror{update_error}; \
-             set SEALMOUNT_VM_SERIES or SEALMOUNT_VM_KERNELS"
+            "no linux-image-{series}…{FLAVOUR} in the package lists of the mirror{update_error}; {advice}"
         )
     })?;
-    let packages = apt.with_parts(newest)?;
+    let Parts { packages, missing } = apt.with_parts(newest)?;
     say(&format!("fetching {}", packages.join(", ")));
 
     // The rename publishes a complete kernel, so other runs never see an incomplete one.
     let temporary = lab.temporary(&format!("kernel-{series}"));
     fs::create_dir_all(&temporary).context(|| format!("cannot make {}", temporary.display()))?;
     apt.unpack(&packages, &temporary).context(|| format!("cannot fetch {newest}"))?;
-    Kernel::in_directory(&temporary).context(|| format!("cannot use the unpacked {newest}"))?;
+    check(&temporary).map_err(|error| match missing.as_slice() {
+        [] => format!("cannot use the unpacked {newest}: {error}"),
+        missing => format!(
+            "the mirror has {newest} but not {}, parts of that package ({error}); {advice}",
+            missing.join(", ")
+        ),
+    })?;
     let parent = dir.parent().expect("the directory has a parent");
     fs::create_dir_all(parent).context(|| format!("cannot make {}", parent.display()))?;
     if let Err(error) = fs::rename(&temporary, &dir) {
@@ -178,6 +227,15 @@ fn fetched(lab: &Lab, series: &str) -> Result<Kernel, Error> {
         }
     }
     Kernel::in_directory(&dir)
+}
+
+/// Checks that a fetched kernel has an image and modules. A package may lack parts that no test needs: Debian's
+/// mirror lacks linux-base of 6.18.5, which has no files of the kernel.
+fn check(dir: &Path) -> Result<(), Error> {
+    match Kernel::in_directory(dir)?.modules_dir {
+        Some(_) => Ok(()),
+        None => Err("the kernel has no modules".into()),
+    }
 }
 
 /// Returns the package of the newest kernel of a series.
@@ -222,6 +280,34 @@ mod tests {
         assert_eq!(newest(&names, "6.12.94"), Some("linux-image-6.12.94+deb13-cloud-amd64"));
         assert_eq!(newest(&names, "6"), Some("linux-image-6.12.107+deb13-cloud-amd64"));
         assert_eq!(newest(&names, "5.10"), None);
+    }
+
+    #[test]
+    fn faulty_version_boots_only_marked_machines() {
+        let faulty = Wanted::FaultyVersion("6.18.5".into());
+        let marked = Machine { on_faulty_kernels: true, ..Machine::BARE };
+        assert!(faulty.boots(&marked) && !faulty.boots(&Machine::BARE));
+        assert!(Wanted::Series("6.18.5".into()).boots(&Machine::BARE));
+        // The first and the last kernel are in the quick tier.
+        let default = Wanted::by_default();
+        assert!(
+            default[0].boots(&Machine::BARE) && default[default.len() - 1].boots(&Machine::BARE)
+        );
+    }
+
+    #[test]
+    fn kernel_without_modules_is_rejected() {
+        let dir = tempfile::tempdir().unwrap();
+        let message = check(dir.path()).unwrap_err().to_string();
+        assert!(message.starts_with("no vmlinuz or bzImage in "), "{message}");
+        let mut image = vec![0; 0x300];
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x20e..0x210].copy_from_slice(&0x80u16.to_le_bytes());
+        image[0x280..0x288].copy_from_slice(b"6.1.0-x ");
+        fs::write(dir.path().join("vmlinuz"), image).unwrap();
+        assert_eq!(check(dir.path()).unwrap_err().to_string(), "the kernel has no modules");
+        fs::create_dir_all(dir.path().join("lib/modules/6.1.0-x")).unwrap();
+        check(dir.path()).unwrap();
     }
 
     #[test]

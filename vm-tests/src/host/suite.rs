@@ -91,7 +91,8 @@ impl Suite {
                 .into());
             }
             let kernel = Arc::new(Shared { wanted: wanted.clone(), got: OnceLock::new() });
-            tests.extend(scenarios.clone().map(|scenario| Test {
+            let scenarios = scenarios.clone().filter(|scenario| wanted.boots(scenario.machine));
+            tests.extend(scenarios.map(|scenario| Test {
                 name: format!("{kernel_name}::{}", scenario.name),
                 kernel: kernel.clone(),
                 scenario,
