@@ -768,6 +768,44 @@ fn hint_names_types_or_mount_options() {
     assert_eq!(hint.to_string(), hint.for_options());
 }
 
+/// The kernel stacks an overlay on one overlayfs, and not on two.
+#[test]
+fn image_and_objects_on_an_overlay_mount() {
+    let Some(sandbox) = sandbox!() else { return };
+    let mount_point = sandbox.directory("mnt");
+    let overlay_on = |lower: &Path, name: &str| {
+        let place = sandbox.tmpfs(name);
+        let [upper, work, root] = ["upper", "work", "root"].map(|name| place.join(name));
+        for directory in [&upper, &work, &root] {
+            fs::create_dir(directory).unwrap();
+        }
+        let [lower, upper, work] = [lower, &upper, &work].map(Path::display);
+        let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+        let arguments = ["-t", "overlay", "overlay", "-o", &options, root.to_str().unwrap()];
+        test_support::run("mount", arguments);
+        root
+    };
+    let once = overlay_on(V1.image().parent().unwrap(), "once");
+    let twice = overlay_on(&once, "twice");
+    for copy in [None, Some(MemoryKind::Memfd), Some(MemoryKind::Ramfs)] {
+        let mut options = MountOptions::new(once.join("objects"));
+        options.copy = copy;
+        options.mount(twice.join("image.cfs")).unwrap().attach(&mount_point).unwrap();
+        assert_is_manifest(&mount_point);
+        umount(&mount_point);
+
+        options.overlay.objects = vec![twice.join("objects").into()];
+        match error_of(&options, &once.join("image.cfs")) {
+            Error::Overlay(OverlayError::ObjectsOnOverlay { path, source, .. }) => {
+                assert_eq!(path, twice.join("objects"));
+                assert_eq!(source.raw_os_error(), Errno::INVAL.raw_os_error());
+            }
+            error => panic!("{error}"),
+        }
+    }
+    assert_no_loop_device(sandbox.path("").to_str().unwrap());
+}
+
 #[test]
 fn symbolic_links_in_paths_are_followed() {
     let Some(sandbox) = sandbox!() else { return };

@@ -133,7 +133,12 @@ impl KernelError {
                 "use a later kernel, or allow the system call in the seccomp filter"
             }
             (Operation::FindLoopDevice, Errno::NOENT | Errno::NODEV | Errno::NXIO) => {
-                "load the module loop, or mount a devtmpfs on /dev: there are no loop devices"
+                return Some(Hint::of_types_or_options(
+                    "load the module loop, or mount a devtmpfs on /dev, or copy to MemoryKind::Ramfs with Linux \
+                     6.12 or later: there are no loop devices",
+                    "load the module loop, or mount a devtmpfs on /dev, or use copy=ramfs with Linux 6.12 or \
+                     later: there are no loop devices",
+                ));
             }
             (operation, Errno::PERM | Errno::ACCESS) => operation.permission()?,
             (_, Errno::MFILE) => {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::digest::VerityUnavailable;
 use crate::erofs::ErofsError;
-use crate::kernel::{ErrorKind, Hint, KernelError};
+use crate::kernel::{ErrorKind, Hint, KernelError, errno_text};
 use crate::location::{DirectoryError, DirectoryRole};
 use crate::util::text::shown;
 
@@ -66,6 +66,22 @@ pub enum OverlayError {
     #[error("overlayfs: cannot enforce verity: verity=require needs Linux 6.6")]
     VerityUnsupported,
 
+    /// The kernel rejected the layers, and an object directory is on an overlayfs. The kernel stacks an overlay
+    /// on one overlayfs, and not on an overlayfs above another.
+    #[error(
+        "{}: cannot use the objects: the directory is on an overlayfs, and the kernel rejects the layers \
+         ({})",
+        shown(path),
+        errno_text(source.errno)
+    )]
+    #[non_exhaustive]
+    ObjectsOnOverlay {
+        /// The object directory.
+        path: PathBuf,
+        /// The failed system call.
+        source: Box<KernelError>,
+    },
+
     /// The EROFS mount cannot be cloned for the overlay.
     #[error(transparent)]
     Erofs(#[from] ErofsError),
@@ -80,7 +96,9 @@ impl OverlayError {
     pub fn kernel(&self) -> Option<&KernelError> {
         match self {
             OverlayError::Erofs(error) => error.kernel(),
-            OverlayError::Kernel(error) => Some(error),
+            OverlayError::Kernel(error) | OverlayError::ObjectsOnOverlay { source: error, .. } => {
+                Some(error)
+            }
             _ => None,
         }
     }
@@ -106,7 +124,9 @@ impl OverlayError {
                 ErrorKind::VerityUnavailable
             }
             OverlayError::Erofs(error) => error.kind(),
-            OverlayError::Kernel(error) => error.kind(),
+            OverlayError::Kernel(error) | OverlayError::ObjectsOnOverlay { source: error, .. } => {
+                error.kind()
+            }
         }
     }
 
@@ -128,10 +148,16 @@ impl OverlayError {
                  checks of the objects",
             ),
             OverlayError::ObjectsVerityUnavailable { .. } => Hint::of_types_or_options(
-                "use ext4 (made or tuned with -O verity) or btrfs and a kernel with CONFIG_FS_VERITY, or \
+                "use ext4 (made or tuned with -O verity) or btrfs, without an overlayfs on top, and a kernel \
+                 with CONFIG_FS_VERITY, or \
                  set Verity::Off to mount without checks of the objects",
-                "use ext4 (made or tuned with -O verity) or btrfs and a kernel with CONFIG_FS_VERITY, or \
+                "use ext4 (made or tuned with -O verity) or btrfs, without an overlayfs on top, and a kernel \
+                 with CONFIG_FS_VERITY, or \
                  add noverity to mount without checks of the objects",
+            ),
+            OverlayError::ObjectsOnOverlay { .. } => Hint::new(
+                "give an object directory that is not on an overlayfs, or look into dmesg: the kernel stacks \
+                 an overlay on one overlayfs, and not on two",
             ),
             OverlayError::VerityUnsupported => Hint::of_types_or_options(
                 "set Verity::Try or Verity::Off to mount without checks of the objects",

@@ -3,12 +3,15 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
-use rustix::fs::{AtFlags, StatxFlags, fstat, statx};
+use rustix::fs::{AtFlags, FsWord, StatxFlags, fstat, fstatfs, statx};
 
 use crate::kernel::{KernelError, Operation};
 use crate::location::{DirectoryRole, Location};
 use crate::overlay::error::OverlayError;
 use crate::overlay::options::UpperLayer;
+
+/// The magic number of overlayfs, of statfs(2).
+const OVERLAYFS_SUPER_MAGIC: FsWord = 0x794c_7630;
 
 /// A directory that becomes a layer.
 #[derive(Debug)]
@@ -26,6 +29,11 @@ impl Layer {
 
     pub fn path(&self) -> PathBuf {
         self.location.display_path()
+    }
+
+    /// Returns whether the directory is on an overlayfs, as far as statfs(2) can tell.
+    pub fn is_on_overlay(&self) -> bool {
+        fstatfs(&self.fd).is_ok_and(|statfs| statfs.f_type == OVERLAYFS_SUPER_MAGIC)
     }
 }
 

@@ -199,13 +199,34 @@ impl Overlay {
             path: image.get().source().path().to_owned(),
             verity: if matches!(objects, Some(Err(_))) { Verity::Off } else { verity },
         };
-        let (fd, method, enforced) = mounting.mount(image, unsupported)?;
+        let (fd, method, enforced) =
+            mounting.mount(image, unsupported).map_err(|error| self.explained(error))?;
         let verity = match (objects, self.options.verity) {
             (Some(Err(reason)), _) => ObjectVerity::UnsupportedByObjects(reason),
             (_, Some(Verity::Off)) => ObjectVerity::Disabled,
             _ => enforced,
         };
         Ok((Mount::new(fd), OverlayReport { method, unsupported: unsupported.clone(), verity }))
+    }
+
+    /// Adds a layer on an overlayfs to an error without a reason of the kernel. overlayfs writes "maximum fs
+    /// stacking depth exceeded" only to the log of the machine.
+    fn explained(&self, error: OverlayError) -> OverlayError {
+        match error {
+            OverlayError::Kernel(error)
+                if error.operation == Operation::CreateSuperblock
+                    && error.errno == Errno::INVAL
+                    && error.log.is_empty() =>
+            {
+                match self.layers.objects.iter().find(|layer| layer.is_on_overlay()) {
+                    Some(layer) => {
+                        OverlayError::ObjectsOnOverlay { path: layer.path(), source: error }
+                    }
+                    None => OverlayError::Kernel(error),
+                }
+            }
+            error => error,
+        }
     }
 
     /// Returns the source that findmnt(8) shows.

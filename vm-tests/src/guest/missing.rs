@@ -178,7 +178,7 @@ fn missing_loop_module_is_reported(guest: &mut Guest) -> Result<(), Error> {
     let Some(_unloaded) = unload("loop")? else {
         return assert_mounts(&disk, ",copy");
     };
-    let hint = "load the module loop, or mount a devtmpfs on /dev: there are no loop devices";
+    let hint = "load the module loop, or mount a devtmpfs on /dev, or use copy=ramfs";
     needs_loop_devices(&disk, &without, &["/dev/loop-control: ", "No such file", hint])?;
     // A static /dev still has the node.
     empty_dev(true)?;

@@ -27,6 +27,7 @@ mod init;
 mod machines;
 mod missing;
 mod mounted;
+mod nested;
 mod objects;
 mod parallel;
 mod probe;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The releases that have the kernels of the default run, among others.
-const SUITES: &[&str] = &["bookworm", "trixie", "trixie-backports", "forky"];
+const SUITES: &[&str] = &["bookworm", "bookworm-backports", "trixie", "trixie-backports", "forky"];
 
 /// The suites on the mirror of security updates, if the host has that mirror. Backports have no
 /// security suite.
