@@ -5,10 +5,12 @@
 //! put a file in front of a private procfs (Linux 5.8). A private procfs also works where /proc is not
 //! mounted. docs/design.md has its cost.
 
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{CWD, Mode, OFlags, PROC_SUPER_MAGIC, fstat, fstatfs, openat};
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
@@ -72,6 +74,37 @@ impl Procfs {
             work(&link)
         })
     }
+}
+
+/// Reads a file of a procfs, in the private procfs or below /proc. Returns `None` if the file cannot be read, or
+/// is not on a procfs.
+pub(crate) fn read_file(procfs: Option<&Procfs>, path: &str) -> Option<Vec<u8>> {
+    // In a foreign mount namespace the path may lead to a FIFO, which must not block.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = open_file(procfs, path, flags)?;
+    if fstatfs(&file).ok()?.f_type != PROC_SUPER_MAGIC {
+        return None;
+    }
+    let mut content = Vec::new();
+    File::from(file).read_to_end(&mut content).ok()?;
+    Some(content)
+}
+
+/// Returns whether the process is in the first cgroup namespace of the system, as far as /proc can tell.
+pub(crate) fn is_in_initial_cgroup_namespace(procfs: Option<&Procfs>) -> bool {
+    /// PROC_CGROUP_INIT_INO of the kernel, since Linux 4.6.
+    const INITIAL: u64 = 0xeffffffb;
+    let file = open_file(procfs, "self/ns/cgroup", OFlags::PATH);
+    file.and_then(|file| fstat(file).ok()).is_some_and(|stat| stat.st_ino == INITIAL)
+}
+
+fn open_file(procfs: Option<&Procfs>, path: &str, flags: OFlags) -> Option<OwnedFd> {
+    let flags = flags | OFlags::CLOEXEC;
+    match procfs {
+        Some(procfs) => openat(&procfs.root, path, flags, Mode::empty()),
+        None => openat(CWD, Path::new("/proc").join(path), flags, Mode::empty()),
+    }
+    .ok()
 }
 
 fn link_to(fd: impl AsFd) -> PathBuf {

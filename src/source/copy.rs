@@ -22,7 +22,8 @@ pub(crate) fn into_memory(
     progress: OnProgress,
 ) -> Result<SealedMemory, SourceError> {
     let (path, size) = (image.path(), image.file_size());
-    let memory = UnsealedMemory::create(options.memory, path, size, options.size)?;
+    let memory =
+        UnsealedMemory::create(options.memory, path, size, options.size, image.procfs.as_deref())?;
     let algorithm = expected.map(|digest| digest.algorithm());
     let spans = copy(image, &memory, algorithm, progress)?;
     check_digest(path, size, spans, expected)?;

@@ -43,7 +43,7 @@ pub(crate) fn into_memory(
     }
     // A stream can be padded without end: reading a sparse file of terabytes needs hours. So a file that is
     // larger than the copy may be is not read.
-    check_limit(path, image.file_size(), options.size, Some(format))?;
+    check_limit(path, image.file_size(), options.size, Some(format), image.procfs.as_deref())?;
     let no_memory = |errno| KernelError::new(Operation::AllocateBuffers, errno).on(path);
     threads_that_fit(0).map_err(no_memory)?;
     // The decoder and the loop below both report how far the work is.
@@ -67,7 +67,8 @@ pub(crate) fn into_memory(
     let size = header.size();
     total.set(size);
     let tree = MerkleTree::new(tree_algorithm, size);
-    let memory = UnsealedMemory::create(options.memory, path, size, options.size)?;
+    let memory =
+        UnsealedMemory::create(options.memory, path, size, options.size, image.procfs.as_deref())?;
     let hashes = algorithm.map(|_| Hashes::new(tree.spans())).transpose().map_err(no_memory)?;
     let target = Target { image: path, memory: memory.file(), tree, hashes };
 

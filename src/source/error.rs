@@ -113,6 +113,30 @@ pub enum SourceError {
         compression: Option<Compression>,
     },
 
+    /// The caller's cgroup, or an ancestor of it, does not allow enough memory for the copy.
+    #[error(
+        "{}: cannot copy the image: {} has {size} bytes, and the cgroup {} has {available} bytes of memory \
+         available, with a limit of {limit} bytes",
+        shown(image),
+        subject(compression),
+        shown(cgroup)
+    )]
+    #[non_exhaustive]
+    CgroupLimitExceeded {
+        /// The path of the image.
+        image: PathBuf,
+        /// The size of the image, in bytes. If `compression` is set, the size of the compressed file.
+        size: u64,
+        /// The path of the cgroup, as /proc/self/cgroup has it.
+        cgroup: PathBuf,
+        /// The limit of the cgroup, in bytes.
+        limit: u64,
+        /// The available memory of the cgroup, in bytes.
+        available: u64,
+        /// The compression of the file, if the compressed file alone exceeds the memory.
+        compression: Option<Compression>,
+    },
+
     /// The caller's callback ended the copy.
     #[error("{}: cannot copy the image: cancelled by the caller", shown(image))]
     #[non_exhaustive]
@@ -174,9 +198,9 @@ impl SourceError {
             SourceError::Image(error) => error.kind(),
             SourceError::Changed { .. } => ErrorKind::Busy,
             SourceError::Decompress { .. } => ErrorKind::NotAnImage,
-            SourceError::WindowTooLarge { .. } | SourceError::LimitExceeded { .. } => {
-                ErrorKind::LimitExceeded
-            }
+            SourceError::WindowTooLarge { .. }
+            | SourceError::LimitExceeded { .. }
+            | SourceError::CgroupLimitExceeded { .. } => ErrorKind::LimitExceeded,
             SourceError::DigestMismatch { .. } => ErrorKind::DigestMismatch,
             SourceError::VerityUnavailable { .. } => ErrorKind::VerityUnavailable,
             SourceError::NotEnoughMemory { .. } => ErrorKind::OutOfMemory,
@@ -210,6 +234,10 @@ impl SourceError {
             SourceError::NotEnoughMemory { .. } => {
                 Hint::new("free some memory and try again, or mount without a copy")
             }
+            SourceError::CgroupLimitExceeded { .. } => Hint::new(
+                "raise the limit of the cgroup (of a systemd unit: MemoryMax=), or mount outside of the cgroup, or \
+                 mount without a copy",
+            ),
             SourceError::Kernel(error) => return error.hint(),
             _ => return None,
         })

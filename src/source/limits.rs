@@ -1,20 +1,21 @@
-//! The limits of a copy: the caller's, the machine's and the process's.
+//! The limits of a copy: the caller's, the machine's, the cgroup's and the process's.
 
 use std::path::Path;
 
-use rustix::fs::{CWD, Mode, OFlags, PROC_SUPER_MAGIC, fstatfs, openat};
 use rustix::io::Errno;
 
 use crate::image::Compression;
+use crate::kernel::procfs::{self, Procfs};
 use crate::kernel::{KernelError, Operation};
+use crate::source::cgroup::{FullCgroup, full_cgroup};
 use crate::source::error::SourceError;
 use crate::source::options::SizeLimit;
 
 /// The size of a page, in bytes.
 const PAGE_SIZE: u64 = 4096;
 
-/// Checks that a copy of `size` bytes is within the limit and the available memory. If `compression` is set,
-/// `size` is the size of the compressed file.
+/// Checks that a copy of `size` bytes is within the limit and the available memory, of the machine and of the
+/// cgroup. If `compression` is set, `size` is the size of the compressed file.
 ///
 /// A memfd has no limit of its own. If memory runs out, the kernel kills processes and does not return
 /// ENOSPC.
@@ -23,9 +24,10 @@ pub(crate) fn check_limit(
     size: u64,
     limit: Option<SizeLimit>,
     compression: Option<Compression>,
+    procfs: Option<&Procfs>,
 ) -> Result<(), SourceError> {
     // Without /proc, the page cache counts as used.
-    let (total, available) = match meminfo() {
+    let (total, available) = match meminfo(procfs) {
         Some(figures) => figures,
         None => sealmount_sys::memory()
             .map(|memory| (memory.total, memory.free))
@@ -39,7 +41,17 @@ pub(crate) fn check_limit(
     if size > available {
         return Err(SourceError::NotEnoughMemory { image: image(), size, available, compression });
     }
-    Ok(())
+    match full_cgroup(procfs, size) {
+        Some(FullCgroup { path, limit, available }) => Err(SourceError::CgroupLimitExceeded {
+            image: image(),
+            size,
+            cgroup: path,
+            limit,
+            available,
+            compression,
+        }),
+        None => Ok(()),
+    }
 }
 
 /// Checks RLIMIT_FSIZE ([getrlimit(2)](https://man7.org/linux/man-pages/man2/getrlimit.2.html)). On a write
@@ -65,14 +77,8 @@ fn limit_in_bytes(limit: Option<SizeLimit>, total: u64) -> u64 {
 /// Returns MemTotal and MemAvailable of [proc_meminfo(5)], in bytes.
 ///
 /// [proc_meminfo(5)]: https://man7.org/linux/man-pages/man5/proc_meminfo.5.html
-fn meminfo() -> Option<(u64, u64)> {
-    // In a foreign mount namespace the path may lead to a FIFO, which must not block.
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = openat(CWD, "/proc/meminfo", flags, Mode::empty()).ok()?;
-    if fstatfs(&file).ok()?.f_type != PROC_SUPER_MAGIC {
-        return None;
-    }
-    let meminfo = std::io::read_to_string(std::fs::File::from(file)).ok()?;
+fn meminfo(procfs: Option<&Procfs>) -> Option<(u64, u64)> {
+    let meminfo = String::from_utf8(procfs::read_file(procfs, "meminfo")?).ok()?;
     let bytes = |field: &str| -> Option<u64> {
         let value = meminfo.lines().find_map(|line| line.strip_prefix(field))?;
         let kibibytes: u64 = value.trim().strip_suffix(" kB")?.parse().ok()?;
@@ -90,7 +96,7 @@ mod tests {
     fn copy_larger_than_limit_is_rejected() {
         let check = |size, limit| {
             let image = Path::new("/some/image.cfs");
-            check_limit(image, size, limit, None)
+            check_limit(image, size, limit, None, None)
         };
         let refused = |result: Result<(), SourceError>, expected: u64| match result {
             Err(SourceError::LimitExceeded { limit, .. }) => assert_eq!(limit, expected),

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
 use crate::kernel::fs_context::FsContext;
+use crate::kernel::procfs::Procfs;
 use crate::kernel::{KernelError, Operation};
 use crate::source::error::SourceError;
 use crate::source::limits::{check_file_size_limit, check_limit};
@@ -74,8 +75,9 @@ impl UnsealedMemory {
         image: &Path,
         size: u64,
         limit: Option<SizeLimit>,
+        procfs: Option<&Procfs>,
     ) -> Result<UnsealedMemory, SourceError> {
-        check_limit(image, size, limit, None)?;
+        check_limit(image, size, limit, None, procfs)?;
         check_file_size_limit(image, size)?;
         match kind {
             MemoryKind::Memfd => UnsealedMemory::memfd(image),
@@ -202,7 +204,7 @@ mod tests {
 
     fn sealed(kind: MemoryKind) -> SealedMemory {
         let image = Path::new("/some/image.cfs");
-        let memory = UnsealedMemory::create(kind, image, CONTENT.len() as u64, None).unwrap();
+        let memory = UnsealedMemory::create(kind, image, CONTENT.len() as u64, None, None).unwrap();
         pwrite(memory.file(), CONTENT, 0).unwrap();
         memory.seal(image).unwrap()
     }
@@ -257,7 +259,7 @@ mod tests {
             return;
         }
         let image = Path::new("/some/image.cfs");
-        let create = || UnsealedMemory::create(MemoryKind::Ramfs, image, 1, None).unwrap();
+        let create = || UnsealedMemory::create(MemoryKind::Ramfs, image, 1, None, None).unwrap();
 
         let memory = create();
         let writer = memory.file().try_clone().unwrap();

@@ -1,6 +1,7 @@
 //! A trusted source of a mount: the file that the kernel verifies, or a sealed copy. One copy serves many
 //! mounts.
 
+mod cgroup;
 mod copy;
 mod decompress;
 mod error;
