@@ -166,6 +166,8 @@ const CALLS: &[SystemCall] = &[
     call("fsopen", libc::SYS_fsopen, &[ENOENT, ENOTBLK, ENODEV], &[EFAULT]),
     call("fspick", libc::SYS_fspick, &[], PATH),
     call("fstat", libc::SYS_fstat, &[], PATH),
+    // A cgroup that cannot be opened has no known limit.
+    call("openat2", libc::SYS_openat2, &[], &[EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EXDEV, E2BIG]),
     call("fstatfs", libc::SYS_fstatfs, &[], PATH),
     call("futex", libc::SYS_futex, &[ETIMEDOUT], &[EDEADLK, EFAULT, ESRCH]),
     call("getcwd", libc::SYS_getcwd, &[ERANGE], &[EFAULT, ENAMETOOLONG, ENOENT]),

@@ -17,6 +17,7 @@
 mod basics;
 mod boot;
 mod boot_init;
+mod cgroup;
 mod copies;
 mod digest;
 mod fallbacks;

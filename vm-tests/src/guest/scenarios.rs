@@ -1,8 +1,8 @@
 //! Lists all scenarios.
 
 use super::{
-    basics, boot, copies, digest, fallbacks, fault_injection, missing, nested, objects, parallel,
-    probe, source_released, stages, swap, trees, verity,
+    basics, boot, cgroup, copies, digest, fallbacks, fault_injection, missing, nested, objects,
+    parallel, probe, source_released, stages, swap, trees, verity,
 };
 use crate::scenario::Scenario;
 
@@ -18,6 +18,7 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> + Clone {
         digest::SCENARIOS,
         source_released::SCENARIOS,
         copies::SCENARIOS,
+        cgroup::SCENARIOS,
         stages::SCENARIOS,
         objects::SCENARIOS,
         nested::SCENARIOS,

@@ -158,7 +158,7 @@ impl Shown {
 
 /// Returns an image whose superblock claims a larger size. No two of its pages are equal, because
 /// kernels can swap equal or empty pages without writing them.
-fn large_image(seed: u64) -> Result<Vec<u8>, Error> {
+pub fn large_image(seed: u64) -> Result<Vec<u8>, Error> {
     let mut image = fs::read(V1.image_in(Path::new("/")))?;
     image[1024 + 36..][..4].copy_from_slice(&(IMAGE_PAGES as u32).to_le_bytes());
     let mut state = seed;
