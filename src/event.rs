@@ -78,6 +78,15 @@ pub enum Event {
     },
     /// The verification of the objects.
     Verity(ObjectVerity),
+    /// A sampled file cannot be read: no object directory has its object. Only files of a mount without
+    /// [`Verity::Require`](crate::Verity::Require) are looked for. With it, the mount is rejected.
+    #[non_exhaustive]
+    ObjectMissing {
+        /// The path of the file in the image.
+        file: PathBuf,
+        /// The path of the object, relative to an object directory.
+        object: PathBuf,
+    },
 }
 
 /// A method to give an image or its layers to the kernel.
@@ -137,6 +146,12 @@ impl fmt::Display for Event {
                 write!(f, "image idmapped with {}", shown(user_namespace))
             }
             Event::Verity(verity) => verity.fmt(f),
+            Event::ObjectMissing { file, object } => write!(
+                f,
+                "file {} cannot be read: no object directory has its object {}",
+                shown(file),
+                shown(object)
+            ),
         }
     }
 }

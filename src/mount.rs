@@ -11,7 +11,7 @@ use crate::kernel::Unsupported;
 use crate::kernel::procfs::Procfs;
 use crate::location::Location;
 use crate::options::MountOptions;
-use crate::overlay::{ImageLayer, Overlay};
+use crate::overlay::{ImageLayer, Overlay, Verity};
 use crate::source::{Source, SourceReport, Verified};
 
 impl MountOptions {
@@ -25,7 +25,8 @@ impl MountOptions {
     ///
     /// [`Error`]. No mount, device or file is left, also if the process is killed.
     pub fn mount(&self, image: impl Into<Location>) -> Result<DetachedMount, Error> {
-        self.mount_with_events(image, &mut |_| ControlFlow::Continue(()))
+        let callback = &mut |_| ControlFlow::Continue(());
+        self.mount_reporting(image.into(), &mut Events { callback, are_wanted: false })
     }
 
     /// Mounts an image as [`mount`](Self::mount) does, and reports each [`Event`] to `events`.
@@ -48,13 +49,20 @@ impl MountOptions {
         image: impl Into<Location>,
         events: &mut dyn FnMut(Event) -> ControlFlow<()>,
     ) -> Result<DetachedMount, Error> {
+        self.mount_reporting(image.into(), &mut Events { callback: events, are_wanted: true })
+    }
+
+    fn mount_reporting(
+        &self,
+        image: Location,
+        events: &mut Events,
+    ) -> Result<DetachedMount, Error> {
         self.check()?;
         check_permission()?;
         // With a digest, every path given to the kernel must lead to the file that was verified. /proc may
         // be forged, so a private procfs is used.
         let procfs = if self.digest.is_some() { Procfs::open()? } else { None };
-        let mut events = Events(events);
-        let (source, overlay, user_namespace) = self.prepare(image.into(), procfs, &mut events)?;
+        let (source, overlay, user_namespace) = self.prepare(image, procfs, events)?;
 
         let mut unsupported = Vec::new();
         let result = source.mount_noting(&mut unsupported);
@@ -68,6 +76,10 @@ impl MountOptions {
             }
         }
 
+        let missing = match events.are_wanted && self.effective_verity() != Verity::Require {
+            true => overlay.files_without_object(&erofs),
+            false => Vec::new(),
+        };
         let (source_report, erofs_report) =
             (erofs.source().report().clone(), erofs.report().clone());
         let mut unsupported = Vec::new();
@@ -76,6 +88,12 @@ impl MountOptions {
         let (mount, overlay) = result?;
         events.send(Event::MethodUsed { method: Method::Layers(overlay.method) })?;
         events.send(Event::Verity(overlay.verity))?;
+        for file in missing {
+            events.send(Event::ObjectMissing {
+                file: file.shown_path(),
+                object: file.object().to_owned(),
+            })?;
+        }
         let report =
             MountReport { source: source_report, erofs: erofs_report, overlay: Some(overlay) };
         Ok(DetachedMount::new(mount, report))
@@ -105,8 +123,9 @@ impl MountOptions {
             events.send(Event::ImageOpened { image, size, compression, format })?;
         }
         let source = match (self.copy_options(), self.digest) {
-            (Some(copy), _) => image
-                .copy_with_progress(&copy, &mut |progress| (events.0)(Event::Copying(progress)))?,
+            (Some(copy), _) => image.copy_with_progress(&copy, &mut |progress| {
+                (events.callback)(Event::Copying(progress))
+            })?,
             (None, Some(digest)) => image.verify(digest)?,
             (None, None) => image.trust()?,
         };
@@ -116,11 +135,15 @@ impl MountOptions {
 }
 
 /// The caller's callback.
-pub(crate) struct Events<'a>(pub &'a mut dyn FnMut(Event) -> ControlFlow<()>);
+pub(crate) struct Events<'a> {
+    pub callback: &'a mut dyn FnMut(Event) -> ControlFlow<()>,
+    /// Whether the caller wants events that need work of their own.
+    pub are_wanted: bool,
+}
 
 impl Events<'_> {
     fn send(&mut self, event: Event) -> Result<(), Error> {
-        match (self.0)(event) {
+        match (self.callback)(event) {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => Err(Error::Cancelled),
         }

@@ -199,7 +199,12 @@ fn run() -> Result<(), Failure> {
         }
         ControlFlow::Continue(())
     };
-    let mount = options.mount_with_events(arguments.image.as_os_str(), &mut report);
+    let image = arguments.image.as_os_str();
+    // Some events need work of their own.
+    let mount = match arguments.verbose {
+        true => options.mount_with_events(image, &mut report),
+        false => options.mount(image),
+    };
     bar.clear();
     let mount = mount?;
     let directory = arguments.mount_point.display();

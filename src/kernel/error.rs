@@ -145,6 +145,10 @@ impl KernelError {
                 "raise RLIMIT_NOFILE (`ulimit -n`): the process has too many open files"
             }
             (Operation::ReadImage, Errno::BADF) => "open the descriptor for reading",
+            (Operation::ReadThrough, Errno::IO) => {
+                "look into dmesg: the disk cannot read the object, or the object has another content than its \
+                 digest"
+            }
             (Operation::WriteMemory, Errno::FBIG) => {
                 "raise RLIMIT_FSIZE (`ulimit -f`): the image is larger than a file may be"
             }
@@ -249,6 +253,12 @@ pub enum Operation {
     /// open(2) and getdents(2) in an object directory.
     #[error("sample the objects")]
     SampleObjects,
+    /// open(2), getdents(2) and getxattr(2) on the EROFS mount, to find files with an object.
+    #[error("sample the files of the image")]
+    SampleFiles,
+    /// openat2(2) and read(2) of a file of the image, through the finished mount.
+    #[error("read the file through the mount")]
+    ReadThrough,
     /// fstat(2) or statx(2) of a directory that becomes a layer.
     #[error("stat the directory")]
     StatDirectory,

@@ -10,7 +10,7 @@ pub enum ErrorKind {
     InvalidOptions,
     /// The file is not an image, or is a damaged image.
     NotAnImage,
-    /// The image has another fs-verity digest than the expected one.
+    /// The image, or an object, has another fs-verity digest than the expected one.
     DigestMismatch,
     /// The kernel or the file system cannot verify the image or the objects, as the options require.
     VerityUnavailable,

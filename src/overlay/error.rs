@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::digest::VerityUnavailable;
+use crate::digest::{Digest, VerityUnavailable};
 use crate::erofs::ErofsError;
 use crate::kernel::{ErrorKind, Hint, KernelError, errno_text};
 use crate::location::{DirectoryError, DirectoryRole};
@@ -82,6 +82,59 @@ pub enum OverlayError {
         source: Box<KernelError>,
     },
 
+    /// Verity is required, and overlayfs does not open a file although its object has the right fs-verity
+    /// digest. Linux 7.0 has this fault.
+    #[error(
+        "{}: cannot enforce verity: overlayfs fails with EIO, although the object of the file has the right \
+         fs-verity digest",
+        shown(file)
+    )]
+    #[non_exhaustive]
+    VerityBroken {
+        /// The path of the file in the image.
+        file: PathBuf,
+    },
+
+    /// Verity is required, and the image has no digest for the object of a file.
+    #[error(
+        "{}: cannot enforce verity: the image has no fs-verity digest for the file",
+        shown(file)
+    )]
+    #[non_exhaustive]
+    NoObjectDigest {
+        /// The path of the file in the image.
+        file: PathBuf,
+    },
+
+    /// Verity is required, and the object of a file is in no object directory.
+    #[error(
+        "{}: cannot open the file through the mount: no object directory has its object {}",
+        shown(file),
+        shown(object)
+    )]
+    #[non_exhaustive]
+    ObjectMissing {
+        /// The path of the file in the image.
+        file: PathBuf,
+        /// The path of the object, relative to an object directory.
+        object: PathBuf,
+    },
+
+    /// Verity is required, and an object has another fs-verity digest than the image has for the object.
+    #[error(
+        "{}: cannot verify the object: its fs-verity digest is {found}, expected {expected}",
+        shown(path)
+    )]
+    #[non_exhaustive]
+    ObjectMismatch {
+        /// The path of the object.
+        path: PathBuf,
+        /// The digest in the image.
+        expected: Box<Digest>,
+        /// The digest that the kernel measures.
+        found: Box<Digest>,
+    },
+
     /// The EROFS mount cannot be cloned for the overlay.
     #[error(transparent)]
     Erofs(#[from] ErofsError),
@@ -120,9 +173,12 @@ impl OverlayError {
             OverlayError::NoObjects
             | OverlayError::SameDirectory { .. }
             | OverlayError::WorkdirOnOtherMount { .. } => ErrorKind::InvalidOptions,
-            OverlayError::ObjectsVerityUnavailable { .. } | OverlayError::VerityUnsupported => {
-                ErrorKind::VerityUnavailable
-            }
+            OverlayError::ObjectsVerityUnavailable { .. }
+            | OverlayError::VerityUnsupported
+            | OverlayError::VerityBroken { .. }
+            | OverlayError::NoObjectDigest { .. } => ErrorKind::VerityUnavailable,
+            OverlayError::ObjectMissing { .. } => ErrorKind::NotFound,
+            OverlayError::ObjectMismatch { .. } => ErrorKind::DigestMismatch,
             OverlayError::Erofs(error) => error.kind(),
             OverlayError::Kernel(error) | OverlayError::ObjectsOnOverlay { source: error, .. } => {
                 error.kind()
@@ -163,6 +219,25 @@ impl OverlayError {
                 "set Verity::Try or Verity::Off to mount without checks of the objects",
                 "add verity=try or noverity to mount without checks of the objects",
             ),
+            OverlayError::VerityBroken { .. } => Hint::of_types_or_options(
+                "use another kernel (Linux 7.0 has this fault), or set Verity::Off to mount without checks of \
+                 the objects",
+                "use another kernel (Linux 7.0 has this fault), or add noverity to mount without checks of \
+                 the objects",
+            ),
+            OverlayError::NoObjectDigest { .. } => Hint::of_types_or_options(
+                "make the image again with the digests of its objects, or set Verity::Off to mount without \
+                 checks of the objects",
+                "make the image again with the digests of its objects, or add noverity to mount without \
+                 checks of the objects",
+            ),
+            OverlayError::ObjectMissing { .. } => Hint::of_types_or_options(
+                "copy the object into an object directory, or add its directory to OverlayOptions::objects",
+                "copy the object into an object directory, or add its directory to basedir=",
+            ),
+            OverlayError::ObjectMismatch { .. } => {
+                Hint::new("restore the object: the object is damaged, or was replaced")
+            }
             OverlayError::Erofs(error) => return error.hint(),
             OverlayError::Kernel(error) => return error.hint(),
             _ => return None,

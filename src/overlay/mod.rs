@@ -2,6 +2,7 @@
 
 mod attached;
 mod error;
+mod first_read;
 mod layers;
 mod method;
 mod objects;
@@ -26,6 +27,7 @@ use crate::source::Source;
 
 use attached::AttachedLayers;
 pub use error::OverlayError;
+use first_read::{SampledFile, read_files, sample_files, without_object};
 use layers::{Layer, Layers, Upper};
 pub use method::LayerMethod;
 use objects::check_verity;
@@ -44,10 +46,13 @@ pub enum ObjectVerity {
     NotRequested,
     /// Objects are not verified, because the options disable it ([`Verity::Off`]).
     Disabled,
-    /// Objects are not verified ([`Verity::Try`]): the kernel's overlayfs does not know `verity=require`.
+    /// Objects are not verified ([`Verity::Try`]): the kernel's overlayfs does not know `verity=require`, or
+    /// cannot open objects with it (Linux 7.0).
     UnsupportedByOverlay,
     /// Objects are not verified ([`Verity::Try`]): sampled objects would fail the check.
     UnsupportedByObjects(VerityUnavailable),
+    /// Objects are not verified ([`Verity::Try`]): the image has no digests of objects.
+    UnsupportedByImage,
 }
 
 impl fmt::Display for ObjectVerity {
@@ -61,6 +66,9 @@ impl fmt::Display for ObjectVerity {
             ),
             ObjectVerity::UnsupportedByObjects(reason) => {
                 write!(f, "objects are not verified: in an object directory, {reason}")
+            }
+            ObjectVerity::UnsupportedByImage => {
+                f.write_str("objects are not verified: the image has no digests of objects")
             }
         }
     }
@@ -192,12 +200,18 @@ impl Overlay {
             Some(objects) => Some(objects),
             None => self.check_objects(verity)?,
         };
+        let files = match verity {
+            Verity::Off => Vec::new(),
+            Verity::Try => sample_files(image.get()).unwrap_or_default(),
+            Verity::Require => sample_files(image.get())?,
+        };
         let mounting = Mounting {
             layers: &self.layers,
             options: &self.options,
             source: self.source_name(image.get().source()),
             path: image.get().source().path().to_owned(),
             verity: if matches!(objects, Some(Err(_))) { Verity::Off } else { verity },
+            files,
         };
         let (fd, method, enforced) =
             mounting.mount(image, unsupported).map_err(|error| self.explained(error))?;
@@ -207,6 +221,14 @@ impl Overlay {
             _ => enforced,
         };
         Ok((Mount::new(fd), OverlayReport { method, unsupported: unsupported.clone(), verity }))
+    }
+
+    /// Returns sampled files of the image whose object is in no object directory. Finds none if the image
+    /// cannot be read.
+    pub(crate) fn files_without_object(&self, image: &ErofsMount) -> Vec<SampledFile> {
+        sample_files(image)
+            .and_then(|files| without_object(files, &self.layers.objects))
+            .unwrap_or_default()
     }
 
     /// Adds a layer on an overlayfs to an error without a reason of the kernel. overlayfs writes "maximum fs
@@ -252,6 +274,8 @@ struct Mounting<'a> {
     /// The path of the image, for messages.
     path: std::path::PathBuf,
     verity: Verity,
+    /// The files to read before the mount is handed over.
+    files: Vec<SampledFile>,
 }
 
 impl Mounting<'_> {
@@ -307,6 +331,9 @@ impl Mounting<'_> {
     /// Before Linux 6.6, overlayfs does not know `verity=require` and fails with EINVAL. It fails for the
     /// option, or for the superblock if it parses all options at the end. If the overlay can be made without
     /// the option, the option was the reason.
+    ///
+    /// Linux 7.0 knows the option, and does not open objects that have fs-verity. So sampled files are read
+    /// here.
     fn create_with_verity(
         &self,
         set_layers: &dyn Fn(&FsContext) -> Result<(), KernelError>,
@@ -315,7 +342,14 @@ impl Mounting<'_> {
             return Ok((self.create(false, set_layers)?, ObjectVerity::NotRequested));
         }
         let error = match self.create(true, set_layers) {
-            Ok(mount) => return Ok((mount, ObjectVerity::Enforced)),
+            Ok(mount) => match self.read_files(&mount)? {
+                ObjectVerity::Enforced => return Ok((mount, ObjectVerity::Enforced)),
+                verity => {
+                    // An upper layer belongs to one mount at a time.
+                    drop(mount);
+                    return Ok((self.create(false, set_layers)?, verity));
+                }
+            },
             Err(error) => error,
         };
         if !may_be_for_verity(&error) {
@@ -326,6 +360,26 @@ impl Mounting<'_> {
             (Ok(_), _) => Err(OverlayError::VerityUnsupported),
             (Err(_), _) => Err(error.into()),
         }
+    }
+
+    /// Reads sampled files through a mount with `verity=require`. Returns the verity that the mount can have.
+    ///
+    /// With [`Verity::Try`], only an error that means "no verity here" has an effect.
+    fn read_files(&self, mount: &OwnedFd) -> Result<ObjectVerity, OverlayError> {
+        let error = match read_files(mount, &self.files, &self.layers.objects) {
+            Ok(()) => return Ok(ObjectVerity::Enforced),
+            Err(error) if self.verity == Verity::Require => return Err(error),
+            Err(error) => error,
+        };
+        Ok(match error {
+            OverlayError::ObjectsVerityUnavailable { reason, .. } => {
+                ObjectVerity::UnsupportedByObjects(reason)
+            }
+            OverlayError::VerityBroken { .. } => ObjectVerity::UnsupportedByOverlay,
+            OverlayError::NoObjectDigest { .. } => ObjectVerity::UnsupportedByImage,
+            // The file cannot be read, with verity or without.
+            _ => ObjectVerity::Enforced,
+        })
     }
 
     fn set_by_descriptor(

@@ -58,7 +58,8 @@ impl OverlayOptions {
 #[non_exhaustive]
 pub enum Verity {
     /// `verity`: every object is checked when it is opened (Linux 6.6). If this is not possible, the mount is
-    /// rejected.
+    /// rejected. Up to four files of the image are read before the mount is returned, and the mount is rejected
+    /// if one of them cannot be read.
     Require,
     /// `tryverity`: objects are checked if kernel, file system and objects allow it. Otherwise objects are
     /// not checked, and [`DetachedMount::verity`](crate::DetachedMount::verity) returns the reason.

@@ -147,7 +147,7 @@ const CALLS: &[SystemCall] = &[
     ),
     call("fchown", libc::SYS_fchown, &[], &[EBADF, EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EROFS]),
     call("fcntl", libc::SYS_fcntl, &[EBUSY], &[EBADF, EDEADLK, EFAULT, ENOLCK, ENOTDIR]),
-    call("fgetxattr", libc::SYS_fgetxattr, &[], &[ENODATA, EOPNOTSUPP, ERANGE, E2BIG, EBADF]),
+    call("fgetxattr", libc::SYS_fgetxattr, &[ENODATA, ERANGE], &[EOPNOTSUPP, E2BIG, EBADF]),
     call("flistxattr", libc::SYS_flistxattr, &[], &[EOPNOTSUPP, ERANGE, E2BIG, EBADF]),
     call(
         "fsconfig",
@@ -231,6 +231,13 @@ const CALLS: &[SystemCall] = &[
             EROFS,
             ETXTBSY,
         ],
+    ),
+    call(
+        "openat2",
+        libc::SYS_openat2,
+        // EPERM also means that O_NOATIME is not permitted.
+        &[EACCES, EIO, ELOOP, ENOENT, ENOTDIR, EPERM, EXDEV],
+        &[E2BIG, EBADF, EFAULT, EISDIR, ENAMETOOLONG, EOPNOTSUPP, EOVERFLOW, ENXIO],
     ),
     call("poll", libc::SYS_poll, &[], &[EFAULT]),
     call("pread64", libc::SYS_pread64, &[EIO], &[EBADF, EFAULT, EISDIR, EOVERFLOW, ESPIPE]),

@@ -365,6 +365,14 @@ fn with_verity(call: &Call) -> Action {
             let Digest::Sha256(digest) = V1.digest() else { unreachable!() };
             Action::Answer(2, [&[1, 0, 32, 0][..], &digest].concat())
         }
+        // The objects have no fs-verity, so overlayfs would not open a file with an object. A file that the
+        // image holds takes its place.
+        libc::SYS_openat2 if call.file(0) == Some("/".into()) => match call.number_at(2) {
+            Some(flags) if flags & libc::O_PATH as u64 == 0 => {
+                Action::Rewrite(1, b"hello.txt\0".to_vec())
+            }
+            _ => Action::Proceed,
+        },
         // An empty mask requests only the attributes, so struct statx holds only STATX_ATTR_VERITY.
         libc::SYS_statx if call.arguments[3] == 0 => {
             let mut statx = vec![0; 256];

@@ -36,6 +36,14 @@ impl Call {
         String::from_utf8(text.to_vec()).ok()
     }
 
+    /// Returns the number that an argument points to.
+    pub fn number_at(&self, argument: usize) -> Option<u64> {
+        let mut bytes = [0; 8];
+        let memory = File::open(format!("/proc/{}/mem", self.thread)).ok()?;
+        memory.read_exact_at(&mut bytes, self.arguments[argument]).ok()?;
+        Some(u64::from_ne_bytes(bytes))
+    }
+
     /// Returns the path of the file that an argument refers to by descriptor.
     pub fn file(&self, argument: usize) -> Option<PathBuf> {
         fs::read_link(format!("/proc/{}/fd/{}", self.thread, self.arguments[argument])).ok()
@@ -52,6 +60,9 @@ pub enum Action {
     /// The call is not executed and returns 0. The tracer writes these bytes where the argument of this
     /// number points to.
     Answer(usize, Vec<u8>),
+    /// The kernel executes the call after the tracer has written these bytes where the argument of this
+    /// number points to.
+    Rewrite(usize, Vec<u8>),
     /// The kernel executes the call with at most this value as the third argument, the length.
     Shorten(u64),
     /// The process gets the signal before the call.
@@ -278,11 +289,13 @@ fn enter(
             Ok(AtExit::RestoreBreak(wanted))
         }
         Action::Fail(errno) => skip().map(|()| AtExit::Return(-(errno as i64))),
+        Action::Rewrite(argument, bytes) => {
+            write(call, argument, &bytes)?;
+            Ok(AtExit::Nothing)
+        }
         Action::Answer(argument, bytes) => {
             skip()?;
-            let memory = format!("/proc/{}/mem", call.thread);
-            let memory = File::options().write(true).open(memory).map_err(|_| Errno::ESRCH)?;
-            memory.write_all_at(&bytes, call.arguments[argument]).map_err(|_| Errno::ESRCH)?;
+            write(call, argument, &bytes)?;
             Ok(AtExit::Return(0))
         }
         Action::Shorten(length) => {
@@ -296,4 +309,11 @@ fn enter(
             Ok(AtExit::Nothing)
         }
     }
+}
+
+/// Writes bytes where an argument points to.
+fn write(call: &Call, argument: usize, bytes: &[u8]) -> nix::Result<()> {
+    let memory = format!("/proc/{}/mem", call.thread);
+    let memory = File::options().write(true).open(memory).map_err(|_| Errno::ESRCH)?;
+    memory.write_all_at(bytes, call.arguments[argument]).map_err(|_| Errno::ESRCH)
 }

@@ -5,7 +5,7 @@ use super::fixtures::{self, Fixture, HELPER, V1, V2};
 use super::machines::STANDARD;
 use super::mounted::{TREE, Traces};
 use super::probe;
-use super::verity::{assert_only_harmed, can_verify, contents};
+use super::verity::{NOT_SAMPLED, assert_only_harmed, can_verify, contents};
 use crate::Error;
 use crate::machine::{Machine, Tier};
 use crate::scenario::{Guest, Scenario};
@@ -202,7 +202,7 @@ fn fallbacks_mount_layers_in_one_string(guest: &mut Guest) -> Result<(), Error> 
         let place = disk.join("one-string");
         fixture.copy_with_verity(&disk, &place)?;
         one_string_shows(fixture, &place, "verity")?;
-        let content = fs::read(Path::new(TREE).join("data/70000"))?;
+        let content = fs::read(Path::new(TREE).join(NOT_SAMPLED))?;
         unmount(TREE, UnmountFlags::empty())?;
 
         // The content of another object, with fs-verity, shows only when the object is read.

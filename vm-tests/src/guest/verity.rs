@@ -9,8 +9,8 @@ use crate::{Context, Error};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use sealmount::{
-    Digest, Error as MountError, ErrorKind, MountOptions, ObjectVerity, OverlayError, VerifiedBy,
-    Verity, VerityUnavailable,
+    Algorithm, Digest, Error as MountError, ErrorKind, MountOptions, ObjectVerity, OverlayError,
+    VerifiedBy, Verity, VerityUnavailable,
 };
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -41,6 +41,12 @@ pub const SCENARIOS: &[Scenario] = &[
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
         run: |guest| bad_objects(guest, "btrfs"),
+    },
+    Scenario {
+        name: "verity_rejects_objects_of_sampled_files",
+        machine: &STANDARD,
+        time_limit: Scenario::TIME_LIMIT,
+        run: verity_rejects_objects_of_sampled_files,
     },
     Scenario {
         name: "verity_reports_damaged_disk_on_read",
@@ -163,13 +169,53 @@ impl Harm {
             Harm::Missing => Errno::NOENT,
         }
     }
+
+    /// Changes an object. `other` is another object.
+    fn apply(self, object: &Path, other: &Path, algorithm: Algorithm) -> Result<(), Error> {
+        let content = fs::read(object)?;
+        fs::remove_file(object)?;
+        match self {
+            Harm::WithoutVerity => fs::write(object, &content)?,
+            Harm::OtherContent => {
+                fs::copy(other, object)?;
+                fixtures::enable_verity(object, algorithm)?;
+            }
+            Harm::Missing => {}
+        }
+        Ok(())
+    }
+
+    /// Checks that sealmount rejected the mount because of this change of this object.
+    fn assert_rejected(self, error: Option<MountError>, object: &Path) {
+        let Some(MountError::Overlay(error)) = error else {
+            panic!("{} {self:?} {error:?}", object.display())
+        };
+        let is_expected = match (self, &error) {
+            (
+                Harm::WithoutVerity,
+                OverlayError::ObjectsVerityUnavailable {
+                    path,
+                    reason: VerityUnavailable::NotEnabled,
+                    ..
+                },
+            )
+            | (Harm::OtherContent, OverlayError::ObjectMismatch { path, .. }) => path == object,
+            (Harm::Missing, OverlayError::ObjectMissing { object: missing, .. }) => {
+                object.ends_with(missing)
+            }
+            _ => false,
+        };
+        assert!(is_expected, "{} {self:?} {error:?}", object.display());
+    }
 }
 
-/// Checks that only files with the content of the changed object return an error.
+/// Checks that only files with the content of the changed object return an error, or that sealmount rejects
+/// the object.
 ///
 /// At mount time, sealmount samples the first objects and detects only missing fs-verity. So the
-/// scenario changes the first object, then the last object. With `tryverity`, sealmount mounts in spite
-/// of missing fs-verity and reports it.
+/// scenario changes the first object, then the last object. sealmount also reads the files of [`SAMPLED`], and
+/// detects every change of their objects. With `tryverity`, sealmount mounts in spite of missing fs-verity and
+/// reports it.
 fn bad_objects(guest: &mut Guest, disk: &str) -> Result<(), Error> {
     let (disk, fixtures) = verifiable(guest, disk)?;
     let can_enforce = probe::overlayfs()?.verity;
@@ -183,15 +229,7 @@ fn bad_objects(guest: &mut Guest, disk: &str) -> Result<(), Error> {
                 let number = if is_first { 0 } else { objects.len() - 1 };
                 let (object, other) = (&objects[number], &objects[objects.len() / 2]);
                 let content = fs::read(object)?;
-                fs::remove_file(object)?;
-                match harm {
-                    Harm::WithoutVerity => fs::write(object, &content)?,
-                    Harm::OtherContent => {
-                        fs::copy(other, object)?;
-                        fixtures::enable_verity(object, algorithm)?;
-                    }
-                    Harm::Missing => {}
-                }
+                harm.apply(object, other, algorithm)?;
                 let none = MountOptions::new(fixture.objects_in(&place));
                 let verity = with_verity(&none, Verity::Require);
                 let before = Traces::now()?;
@@ -205,6 +243,8 @@ fn bad_objects(guest: &mut Guest, disk: &str) -> Result<(), Error> {
                     assert_eq!(mounted.verity, Some(expected));
                     mounted.assert_shows(fixture);
                     mounted.unmount()?;
+                } else if can_enforce && is_sampled(&content) {
+                    harm.assert_rejected(mounted.err(), object);
                 } else if can_enforce {
                     let mounted = mounted?;
                     assert_eq!(mounted.verity, Some(ObjectVerity::Enforced));
@@ -215,6 +255,62 @@ fn bad_objects(guest: &mut Guest, disk: &str) -> Result<(), Error> {
                 }
                 before.assert_same_now()?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// The files of both images that sealmount reads before it hands over a mount with verity, and their sizes.
+const SAMPLED: [(&str, usize); 4] =
+    [("data/4096", 4096), ("data/4097", 4097), ("data/65", 65), ("data/70000", 70000)];
+
+/// A file that sealmount does not sample. No sampled file has its content.
+pub const NOT_SAMPLED: &str = "usr/bin/tool";
+
+fn is_sampled(content: &[u8]) -> bool {
+    SAMPLED.iter().any(|(_, size)| *size == content.len())
+}
+
+/// Changes the object of a sampled file that is not a sampled object. Only the read through the mount
+/// detects the change.
+fn verity_rejects_objects_of_sampled_files(guest: &mut Guest) -> Result<(), Error> {
+    let (disk, fixtures) = verifiable(guest, "ext4-verity")?;
+    if !probe::overlayfs()?.verity {
+        println!("overlayfs does not support verity=require");
+        return Ok(());
+    }
+    for fixture in fixtures {
+        let algorithm = fixture.digest()?.algorithm();
+        for harm in [Harm::WithoutVerity, Harm::OtherContent, Harm::Missing] {
+            let place = disk.join(format!("sampled-{harm:?}"));
+            fixture.copy_with_verity(&disk, &place)?;
+            let objects = fixtures::objects(&fixture.objects_in(&place))?;
+            let is_file = |object: &&PathBuf| fs::read(object).is_ok_and(|read| is_sampled(&read));
+            let object = objects[4..]
+                .iter()
+                .find(is_file)
+                .ok_or("all sampled files have sampled objects")?;
+            let content = fs::read(object)?;
+            harm.apply(object, &objects[0], algorithm)?;
+
+            let none = MountOptions::new(fixture.objects_in(&place));
+            let image = fixture.image_in(&place);
+            let before = Traces::now()?;
+            let mounted = mounted::mount(&with_verity(&none, Verity::Require), &image)?;
+            harm.assert_rejected(mounted.err(), object);
+            before.assert_same_now()?;
+
+            let mounted = mounted::mount(&with_verity(&none, Verity::Try), &image)??;
+            if harm == Harm::WithoutVerity {
+                let reason = VerityUnavailable::NotEnabled;
+                assert_eq!(mounted.verity, Some(ObjectVerity::UnsupportedByObjects(reason)));
+                mounted.assert_shows(fixture);
+                mounted.unmount()?;
+            } else {
+                assert_eq!(mounted.verity, Some(ObjectVerity::Enforced));
+                assert_only_unreadable(mounted, fixture, &disk, &content, harm.errno())?;
+            }
+            before.assert_same_now()?;
         }
     }
     Ok(())

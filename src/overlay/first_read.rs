@@ -1,0 +1,285 @@
+//! A read through a new mount, before the mount is handed over. With verity, overlayfs checks an object only
+//! when its file is opened, so a mount whose objects cannot be verified looks like a good one.
+//!
+//! The files are found on the EROFS mount, where a walk needs no object directory. They are read through the
+//! overlay.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{
+    AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, fgetxattr, fstat, openat, openat2, statat,
+};
+use rustix::io::Errno;
+
+use crate::digest::measure::measure;
+use crate::digest::{Digest, VerityStatus, VerityUnavailable};
+use crate::kernel::{KernelError, Operation};
+use crate::overlay::error::OverlayError;
+use crate::overlay::layers::Layer;
+
+/// The limits of the walk: files to return, files to look at, directory entries and directories to read. The
+/// root of a V1 image alone has 256 whiteouts. docs/design.md has the cost of the walk.
+const FILES: usize = 4;
+const CANDIDATES: usize = 128;
+const ENTRIES: usize = 768;
+const DIRECTORIES: usize = 32;
+
+/// The largest file that an image holds itself, in bytes.
+const INLINE_MAX: u64 = 64;
+
+/// A file of an image whose content is an object.
+#[derive(Debug)]
+pub(crate) struct SampledFile {
+    /// The path of the file, relative to the root of the image.
+    path: PathBuf,
+    /// The path of the object, relative to an object directory.
+    object: PathBuf,
+    /// The fs-verity digest of the object, as the image has it.
+    digest: Option<Digest>,
+}
+
+impl SampledFile {
+    /// Returns the path for messages.
+    pub fn shown_path(&self) -> PathBuf {
+        Path::new("/").join(&self.path)
+    }
+
+    /// Returns the path of the object, relative to an object directory.
+    pub fn object(&self) -> &Path {
+        &self.object
+    }
+}
+
+/// Returns up to four files of an image whose contents are objects, from a bounded walk of the EROFS mount.
+///
+/// A directory or file that the process may not read is left out: a mount needs no permission to read files
+/// of the image.
+pub(crate) fn sample_files(image: impl AsFd) -> Result<Vec<SampledFile>, KernelError> {
+    let mut files = Vec::new();
+    let mut directories = vec![PathBuf::from(".")];
+    let (mut candidates, mut entries, mut visited) = (0, 0, 0);
+    // The last directory comes first, so the walk goes down to a file before it goes on.
+    while let Some(path) = directories.pop() {
+        let failed = |errno| KernelError::new(Operation::SampleFiles, errno).on(shown_path(&path));
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let directory = match openat(&image, &path, flags, Mode::empty()) {
+            Err(errno) if is_denied(errno) => continue,
+            directory => directory.map_err(failed)?,
+        };
+        let mut below = Vec::new();
+        for entry in Dir::new(directory).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name().to_bytes();
+            let path = path.join(std::ffi::OsStr::from_bytes(name));
+            match entry.file_type() {
+                FileType::Directory if name != b"." && name != b".." => below.push(path),
+                FileType::RegularFile => {
+                    let failed = |errno| {
+                        KernelError::new(Operation::SampleFiles, errno).on(shown_path(&path))
+                    };
+                    files.extend(file_with_object(&image, &path).map_err(failed)?);
+                    candidates += 1;
+                }
+                _ => {}
+            }
+            entries += 1;
+            if files.len() == FILES || candidates == CANDIDATES || entries == ENTRIES {
+                return Ok(files);
+            }
+        }
+        visited += 1;
+        if visited == DIRECTORIES {
+            break;
+        }
+        directories.extend(below.into_iter().rev());
+    }
+    Ok(files)
+}
+
+fn shown_path(path: &Path) -> PathBuf {
+    Path::new("/").join(path.strip_prefix(".").unwrap_or(path))
+}
+
+/// Returns a file of the image, or `None` if the image holds its content, or the process may not read it.
+fn file_with_object(image: impl AsFd, path: &Path) -> Result<Option<SampledFile>, Errno> {
+    if statat(&image, path, AtFlags::SYMLINK_NOFOLLOW)?.st_size as u64 <= INLINE_MAX {
+        return Ok(None);
+    }
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = match openat(&image, path, flags, Mode::empty()) {
+        Err(errno) if is_denied(errno) => return Ok(None),
+        file => file?,
+    };
+    let mut buffer = [0; 256];
+    let metacopy = fgetxattr(&file, "trusted.overlay.metacopy", &mut buffer);
+    let digest = match metacopy {
+        Err(Errno::NODATA) => return Ok(None),
+        length => digest_in(&buffer[..length?]),
+    };
+    let redirect = match fgetxattr(&file, "trusted.overlay.redirect", &mut buffer) {
+        // The redirect is not the path of an object.
+        Err(Errno::NODATA | Errno::RANGE) => return Ok(None),
+        length => &buffer[..length?],
+    };
+    let object = redirect.strip_prefix(b"/").unwrap_or(redirect);
+    let path = path.strip_prefix(".").unwrap_or(path).to_owned();
+    Ok(Some(SampledFile { path, object: std::ffi::OsStr::from_bytes(object).into(), digest }))
+}
+
+/// Returns the digest in the value of `trusted.overlay.metacopy`: version, length, flags, algorithm, digest.
+fn digest_in(metacopy: &[u8]) -> Option<Digest> {
+    match metacopy {
+        [0, _, _, 1, digest @ ..] => digest.try_into().ok().map(Digest::Sha256),
+        [0, _, _, 2, digest @ ..] => digest.try_into().ok().map(Digest::Sha512),
+        _ => None,
+    }
+}
+
+/// Returns whether a security module, or a missing capability, denies a read of the file. Mounting needs
+/// neither.
+fn is_denied(errno: Errno) -> bool {
+    matches!(errno, Errno::ACCESS | Errno::PERM)
+}
+
+/// The restrictions of overlayfs for the path of an object.
+fn resolve() -> ResolveFlags {
+    ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV
+}
+
+/// Reads a byte of each file through an overlay with `verity=require`.
+///
+/// # Errors
+///
+/// The reason why overlayfs does not open the file, found by a measurement of the object.
+pub(crate) fn read_files(
+    mount: impl AsFd,
+    files: &[SampledFile],
+    objects: &[Layer],
+) -> Result<(), OverlayError> {
+    for file in files {
+        let failed = |operation, errno| KernelError::new(operation, errno).on(file.shown_path());
+        match open_through(&mount, &file.path) {
+            Ok(None) => {}
+            Ok(Some(opened)) => {
+                rustix::io::read(&opened, &mut [0; 1])
+                    .map_err(|errno| failed(Operation::ReadThrough, errno))?;
+            }
+            Err(errno @ (Errno::IO | Errno::NOENT)) => {
+                require_object(file, objects)?;
+                // The object is not the reason.
+                return Err(match errno {
+                    Errno::IO => OverlayError::VerityBroken { file: file.shown_path() },
+                    errno => failed(Operation::ReadThrough, errno).into(),
+                });
+            }
+            Err(errno) => return Err(failed(Operation::ReadThrough, errno).into()),
+        }
+    }
+    Ok(())
+}
+
+/// Opens a file through an overlay. Returns `None` if the upper layer hides or replaces the file, or if the
+/// process may not read it.
+fn open_through(mount: impl AsFd, path: &Path) -> Result<Option<OwnedFd>, Errno> {
+    let open = |flags| openat2(&mount, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve());
+    // A device or a FIFO is not opened. With O_PATH, overlayfs does not open the object either.
+    let file = match open(OFlags::PATH | OFlags::NOFOLLOW) {
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
+        Err(errno) if is_denied(errno) => return Ok(None),
+        file => file?,
+    };
+    if FileType::from_raw_mode(fstat(file)?.st_mode) != FileType::RegularFile {
+        return Ok(None);
+    }
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let opened = match open(flags | OFlags::NOATIME) {
+        // Only the owner, or a process with CAP_FOWNER, may leave the access time unchanged.
+        Err(Errno::PERM) => open(flags),
+        opened => opened,
+    };
+    match opened {
+        Err(errno) if is_denied(errno) => Ok(None),
+        opened => opened.map(Some),
+    }
+}
+
+/// Checks that the object of a file exists and has the digest of the image.
+fn require_object(file: &SampledFile, objects: &[Layer]) -> Result<(), OverlayError> {
+    let missing =
+        || OverlayError::ObjectMissing { file: file.shown_path(), object: file.object.clone() };
+    let (object, path) =
+        open_object(file, objects, OFlags::RDONLY | OFlags::NONBLOCK)?.ok_or_else(missing)?;
+    let expected =
+        file.digest.ok_or_else(|| OverlayError::NoObjectDigest { file: file.shown_path() })?;
+    let measured = measure(&object)
+        .map_err(|errno| KernelError::new(Operation::MeasureVerity, errno).on(&path))?;
+    let reason = match measured {
+        VerityStatus::Digest(found) if found == expected => return Ok(()),
+        VerityStatus::Digest(found) if found.algorithm() == expected.algorithm() => {
+            let (expected, found) = (Box::new(expected), Box::new(found));
+            return Err(OverlayError::ObjectMismatch { path, expected, found });
+        }
+        VerityStatus::Digest(_) | VerityStatus::OtherAlgorithm(_) => {
+            VerityUnavailable::OtherAlgorithm(expected.algorithm())
+        }
+        VerityStatus::NotEnabled => VerityUnavailable::NotEnabled,
+        VerityStatus::Unsupported => VerityUnavailable::Unsupported,
+    };
+    Err(OverlayError::ObjectsVerityUnavailable { path, reason })
+}
+
+/// Returns the object of a file and its path, from the first directory that has the object.
+fn open_object(
+    file: &SampledFile,
+    objects: &[Layer],
+    flags: OFlags,
+) -> Result<Option<(File, PathBuf)>, KernelError> {
+    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    for layer in objects {
+        match openat2(&layer.fd, &file.object, flags, Mode::empty(), resolve()) {
+            Ok(object) => return Ok(Some((object.into(), layer.path().join(&file.object)))),
+            // overlayfs looks in the next directory.
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {}
+            Err(errno) => {
+                let path = layer.path().join(&file.object);
+                return Err(KernelError::new(Operation::SampleObjects, errno).on(path));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Returns the files whose object is in no object directory.
+pub(crate) fn without_object(
+    files: Vec<SampledFile>,
+    objects: &[Layer],
+) -> Result<Vec<SampledFile>, KernelError> {
+    let mut missing = Vec::new();
+    for file in files {
+        if open_object(&file, objects, OFlags::PATH)?.is_none() {
+            missing.push(file);
+        }
+    }
+    Ok(missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metacopy_holds_digest_of_known_algorithm() {
+        let value = |algorithm, length| {
+            [&[0, 4 + length as u8, 0, algorithm][..], &vec![7; length]].concat()
+        };
+        assert_eq!(digest_in(&value(1, 32)), Some(Digest::Sha256([7; 32])));
+        assert_eq!(digest_in(&value(2, 64)), Some(Digest::Sha512([7; 64])));
+        assert_eq!(digest_in(&value(1, 31)), None);
+        assert_eq!(digest_in(&value(3, 32)), None);
+        assert_eq!(digest_in(&value(1, 32)[1..]), None);
+        assert_eq!(digest_in(b""), None);
+    }
+}
