@@ -78,6 +78,13 @@ pub enum Event {
     },
     /// The verification of the objects.
     Verity(ObjectVerity),
+    /// No other overlay can be mounted on the mount ([`Stacking`](crate::Stacking)), and there is no loop
+    /// device to avoid this.
+    #[non_exhaustive]
+    NotStackable {
+        /// The kernel's error.
+        error: KernelError,
+    },
     /// A sampled file cannot be read: no object directory has its object. Only files of a mount without
     /// [`Verity::Require`](crate::Verity::Require) are looked for. With it, the mount is rejected.
     #[non_exhaustive]
@@ -146,6 +153,11 @@ impl fmt::Display for Event {
                 write!(f, "image idmapped with {}", shown(user_namespace))
             }
             Event::Verity(verity) => verity.fmt(f),
+            Event::NotStackable { error } => write!(
+                f,
+                "no overlay can be mounted on the mount, as systemd-sysext and containers do, unless \
+                 there are loop devices ({error})"
+            ),
             Event::ObjectMissing { file, object } => write!(
                 f,
                 "file {} cannot be read: no object directory has its object {}",

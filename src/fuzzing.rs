@@ -21,8 +21,11 @@ pub fn parse_header(start: &[u8]) -> Result<u64, ImageProblem> {
 /// the bytes that would be mounted.
 pub fn prepare(options: &MountOptions, image: &Location) -> Result<Vec<u8>, Error> {
     let mut ignored = |_| ControlFlow::Continue(());
-    let mut events = Events { callback: &mut ignored, are_wanted: false };
-    let (source, ..) = options.prepare(image.clone(), None, &mut events)?;
+    let (source, ..) = options.prepare(
+        image.clone(),
+        None,
+        &mut Events { callback: &mut ignored, are_wanted: false },
+    )?;
     let mut content = vec![0; source.report().size as usize];
     let length = read_at(&source, &mut content, 0).unwrap();
     assert_eq!(length, content.len(), "the header gives another size than the image has");

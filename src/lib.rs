@@ -133,7 +133,7 @@ pub use location::{DirectoryError, DirectoryRole, Location};
 pub use options::{MountOptions, OptionsError, Sloppy};
 pub use overlay::{
     Atime, LayerMethod, MountAttributes, ObjectVerity, Overlay, OverlayError, OverlayOptions,
-    OverlayReport, SelinuxContexts, SuperblockFlags, UpperLayer, Verity,
+    OverlayReport, SelinuxContexts, Stacking, SuperblockFlags, UpperLayer, Verity,
 };
 pub use source::{
     CopyOptions, LoopDeviceError, MemoryKind, Progress, SizeLimit, Source, SourceError,

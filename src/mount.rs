@@ -3,23 +3,29 @@
 use std::ops::ControlFlow;
 
 use crate::attach::{DetachedMount, MountReport};
-use crate::erofs::{ErofsReport, UserNamespace, check_permission};
+use crate::erofs::{
+    ErofsError, ErofsMount, ErofsReport, SourceMethod, UserNamespace, check_permission,
+};
 use crate::error::Error;
 use crate::event::{Event, Method};
 use crate::image::Image;
-use crate::kernel::Unsupported;
+use crate::kernel::mount::Mount;
 use crate::kernel::procfs::Procfs;
+use crate::kernel::{KernelError, Unsupported};
 use crate::location::Location;
 use crate::options::MountOptions;
-use crate::overlay::{ImageLayer, Overlay, Verity};
+use crate::overlay::{ImageLayer, LayerMethod, Overlay, OverlayError, OverlayReport, Verity};
 use crate::source::{Source, SourceReport, Verified};
 
 impl MountOptions {
     /// Mounts an image with these options, without attaching it anywhere.
     ///
-    /// The method runs the stages in order: [`Image`], [`Source`], [`ErofsMount`](crate::ErofsMount),
-    /// [`Overlay`], [`DetachedMount`]. Mounting needs `CAP_SYS_ADMIN` in the initial user namespace, which is
-    /// checked before the image is opened. All directories are opened and checked before the image is copied.
+    /// The method runs the stages in order: [`Image`], [`Source`], [`ErofsMount`], [`Overlay`],
+    /// [`DetachedMount`]. Mounting needs `CAP_SYS_ADMIN` in the initial user namespace, which is checked before
+    /// the image is opened. All directories are opened and checked before the image is copied.
+    ///
+    /// If the kernel stacks no other overlay on the mount ([`Stacking`](crate::Stacking)), the method mounts the
+    /// image once more, through a loop device. If there is no loop device, the mount stays as it is.
     ///
     /// # Errors
     ///
@@ -36,6 +42,9 @@ impl MountOptions {
     /// namespace. If it returns [`ControlFlow::Break`], the mount ends. During a copy all threads then stop
     /// within a piece (see [`Image::copy_with_progress`]), and all memory is freed. A panic of the callback
     /// also ends the mount, and is passed on.
+    ///
+    /// Unlike `mount`, this method looks for sampled files whose object is missing, and reports them with
+    /// [`Event::ObjectMissing`]. With [`Verity::Require`], both methods reject the mount instead.
     ///
     /// Besides the threads of a copy, a mount starts at most one thread at a time. It needs a thread for a
     /// private procfs and, before Linux 6.15, for a private mount namespace.
@@ -67,35 +76,37 @@ impl MountOptions {
         let mut unsupported = Vec::new();
         let result = source.mount_noting(&mut unsupported);
         events.send_unsupported(unsupported, Method::Source)?;
-        let mut erofs = result?;
-        events.send_erofs(erofs.report())?;
-        if let Some(namespace) = user_namespace {
-            erofs = erofs.into_idmapped(namespace)?;
-            if let Some(path) = &erofs.report().user_namespace {
-                events.send(Event::Idmapped { user_namespace: path.clone() })?;
-            }
-        }
-
+        let erofs = idmapped(result?, user_namespace.as_ref())?;
         let missing = match events.are_wanted && self.effective_verity() != Verity::Require {
             true => overlay.files_without_object(&erofs),
             false => Vec::new(),
         };
-        let (source_report, erofs_report) =
-            (erofs.source().report().clone(), erofs.report().clone());
-        let mut unsupported = Vec::new();
-        let result = overlay.mount_noting(ImageLayer::Owned(erofs), &mut unsupported);
-        events.send_unsupported(unsupported, Method::Layers)?;
-        let (mount, overlay) = result?;
-        events.send(Event::MethodUsed { method: Method::Layers(overlay.method) })?;
-        events.send(Event::Verity(overlay.verity))?;
+
+        let mut attempt = Attempt::new(&overlay, erofs);
+        if let Some(error) = attempt.stacking_error()
+            && let Ok(erofs) = source.mount_by_loop_device(attempt.unsupported_sources(error))
+        {
+            let method = Method::Source(attempt.erofs.method);
+            events.send(Event::MethodUnsupported { method, error: error.clone() })?;
+            // An upper layer belongs to one mount at a time.
+            drop(attempt);
+            attempt = Attempt::new(&overlay, idmapped(erofs, user_namespace.as_ref())?);
+        }
+        events.send_erofs(&attempt.erofs)?;
+        events.send_unsupported(attempt.unsupported, Method::Layers)?;
+        let (mount, overlay) = attempt.result?;
+        events.send_overlay(&overlay)?;
         for file in missing {
             events.send(Event::ObjectMissing {
                 file: file.shown_path(),
                 object: file.object().to_owned(),
             })?;
         }
-        let report =
-            MountReport { source: source_report, erofs: erofs_report, overlay: Some(overlay) };
+        let report = MountReport {
+            source: source.report().clone(),
+            erofs: attempt.erofs,
+            overlay: Some(overlay),
+        };
         Ok(DetachedMount::new(mount, report))
     }
 
@@ -131,6 +142,44 @@ impl MountOptions {
         };
         events.send_source(source.report())?;
         Ok((source, overlay, user_namespace))
+    }
+}
+
+/// Gives an EROFS mount the mapping of a user namespace, if there is one.
+fn idmapped(
+    erofs: ErofsMount,
+    user_namespace: Option<&UserNamespace>,
+) -> Result<ErofsMount, ErofsError> {
+    match user_namespace {
+        Some(namespace) => erofs.into_idmapped(namespace),
+        None => Ok(erofs),
+    }
+}
+
+/// The mount of an overlay on an EROFS mount.
+struct Attempt {
+    erofs: ErofsReport,
+    unsupported: Vec<Unsupported<LayerMethod>>,
+    result: Result<(Mount, OverlayReport), OverlayError>,
+}
+
+impl Attempt {
+    fn new(overlay: &Overlay, erofs: ErofsMount) -> Attempt {
+        let report = erofs.report().clone();
+        let mut unsupported = Vec::new();
+        let result = overlay.mount_noting(ImageLayer::Owned(erofs), &mut unsupported);
+        Attempt { erofs: report, unsupported, result }
+    }
+
+    /// Returns the error of the kernel if no other overlay can be mounted on this mount.
+    fn stacking_error(&self) -> Option<&KernelError> {
+        self.result.as_ref().ok()?.1.stacking.error()
+    }
+
+    /// Returns the unsupported methods, with the method of this mount.
+    fn unsupported_sources(&self, error: &KernelError) -> Vec<Unsupported<SourceMethod>> {
+        let this = Unsupported::new(self.erofs.method, error.clone());
+        self.erofs.unsupported.iter().cloned().chain([this]).collect()
     }
 }
 
@@ -183,6 +232,19 @@ impl Events<'_> {
         if let Some(device) = &report.loop_device {
             self.send(Event::LoopDevice { device: device.clone() })?;
         }
-        self.send(Event::MethodUsed { method: Method::Source(report.method) })
+        self.send(Event::MethodUsed { method: Method::Source(report.method) })?;
+        match &report.user_namespace {
+            Some(path) => self.send(Event::Idmapped { user_namespace: path.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    fn send_overlay(&mut self, report: &OverlayReport) -> Result<(), Error> {
+        self.send(Event::MethodUsed { method: Method::Layers(report.method) })?;
+        self.send(Event::Verity(report.verity))?;
+        match report.stacking.error() {
+            Some(error) => self.send(Event::NotStackable { error: error.clone() }),
+            None => Ok(()),
+        }
     }
 }

@@ -17,8 +17,8 @@ use sealmount::{
     Algorithm, AttachError, CopyOptions, DetachedMount, Digest, ErofsError, ErofsMount, Error,
     ErrorKind, Event, Format, Image, ImageError, ImageProblem, KernelError, LayerMethod, Location,
     MemoryKind, MountOptions, ObjectVerity, Operation, Overlay, OverlayError, OverlayOptions,
-    Progress, SizeLimit, Source, SourceError, SourceMethod, UpperLayer, VerifiedBy, Verity,
-    VerityStatus, VerityUnavailable, check_permission,
+    Progress, SizeLimit, Source, SourceError, SourceMethod, Stacking, UpperLayer, VerifiedBy,
+    Verity, VerityStatus, VerityUnavailable, check_permission,
 };
 
 use test_support::{
@@ -1485,4 +1485,29 @@ fn decompress_error_has_io_error_as_source() {
         let found = chain(&error).iter().any(|error| error.downcast_ref::<io::Error>().is_some());
         assert!(found && error.kernel().is_none(), "{error}");
     }
+}
+
+#[test]
+fn overlay_on_file_reports_stacking() {
+    let Some(sandbox) = sandbox!() else { return };
+    let image = Image::open(V1.image()).unwrap();
+    let overlay = unverified(&V1).open().unwrap();
+    let stacking = |erofs: &ErofsMount, overlay: &Overlay| {
+        let mount = overlay.mount(erofs).unwrap();
+        mount.report().unwrap().overlay.as_ref().unwrap().stacking.clone()
+    };
+    let from_file = image.trust().unwrap().mount().unwrap();
+    assert_ne!(from_file.report().method, SourceMethod::LoopDevice);
+    assert!(matches!(stacking(&from_file, &overlay), Stacking::Possible));
+    let from_loop = image.copy(&memfd()).unwrap().mount().unwrap();
+    assert!(matches!(stacking(&from_loop, &overlay), Stacking::NotTried));
+
+    // Objects on an overlayfs use up a level, with every source of the image.
+    let [lower, merged] = ["lower", "merged"].map(|name| sandbox.directory(name));
+    let layers = format!("lowerdir={}:{}", V1.objects().display(), lower.display());
+    run("mount", ["-t", "overlay", "-o", &layers, "overlay", merged.to_str().unwrap()]);
+    let mut options = OverlayOptions::new(&merged);
+    options.verity = Some(Verity::Off);
+    assert!(matches!(stacking(&from_file, &options.open().unwrap()), Stacking::NotTried));
+    umount(&merged);
 }

@@ -17,6 +17,7 @@ use crate::kernel::mount::Mount;
 use crate::kernel::procfs::Procfs;
 use crate::kernel::{KernelError, Operation, Unsupported};
 use crate::location::{Location, proc_fd_path};
+use crate::source::loop_device::LoopDevice;
 use crate::source::{MemoryKind, Source};
 
 pub use error::ErofsError;
@@ -103,16 +104,17 @@ impl Source {
         &self,
         unsupported: &mut Vec<Unsupported<SourceMethod>>,
     ) -> Result<ErofsMount, ErofsError> {
-        let (mount, method, loop_device) = mount(self, unsupported)?;
-        let report = ErofsReport {
-            method,
-            unsupported: unsupported.clone(),
-            loop_device,
-            noacl: self.header().has_no_acl(),
-            user_namespace: None,
-        };
-        let mount = Mount::new(mount);
-        Ok(ErofsMount { mount, source: self.clone(), report, user_namespace: None })
+        let mounted = mount(self, unsupported)?;
+        Ok(ErofsMount::new(mounted, self, unsupported.clone()))
+    }
+
+    /// Mounts the EROFS through a loop device, after the methods in `unsupported`.
+    pub(crate) fn mount_by_loop_device(
+        &self,
+        unsupported: Vec<Unsupported<SourceMethod>>,
+    ) -> Result<ErofsMount, ErofsError> {
+        let mounted = mount_by_loop_device(self, &*self.loop_device()?)?;
+        Ok(ErofsMount::new(mounted, self, unsupported))
     }
 
     /// Returns whether the source is a memfd. Up to Linux 7.3, EROFS cannot mount a file on a tmpfs itself.
@@ -122,6 +124,22 @@ impl Source {
 }
 
 impl ErofsMount {
+    fn new(
+        (mount, method, loop_device): Mounted,
+        source: &Source,
+        unsupported: Vec<Unsupported<SourceMethod>>,
+    ) -> ErofsMount {
+        let noacl = source.header().has_no_acl();
+        let report = ErofsReport { method, unsupported, loop_device, noacl, user_namespace: None };
+        let mount = Mount::new(mount);
+        ErofsMount { mount, source: source.clone(), report, user_namespace: None }
+    }
+
+    /// Returns whether the kernel mounts the file itself, without a loop device.
+    pub(crate) fn is_from_file(&self) -> bool {
+        self.report.method != SourceMethod::LoopDevice
+    }
+
     /// Returns the report on the mount.
     pub fn report(&self) -> &ErofsReport {
         &self.report
@@ -166,7 +184,7 @@ impl ErofsMount {
     /// Clones the mount on a kernel that clones only attached mounts. Also returns whether the clone is a new
     /// mount, without the mapping of the original.
     fn clone_attached(&self) -> Result<(Mount, bool), ErofsError> {
-        if self.report.method != SourceMethod::LoopDevice {
+        if self.is_from_file() {
             match self.mount.clone_attached() {
                 // The root of this mount namespace is the rootfs of an initramfs, so the image is mounted
                 // once more.
@@ -174,7 +192,10 @@ impl ErofsMount {
                 result => return Ok((result?, false)),
             }
         }
-        let (mount, ..) = mount(&self.source, &mut Vec::new())?;
+        let (mount, ..) = match self.is_from_file() {
+            true => mount(&self.source, &mut Vec::new())?,
+            false => mount_by_loop_device(&self.source, &*self.source.loop_device()?)?,
+        };
         Ok((Mount::new(mount), true))
     }
 
@@ -193,19 +214,18 @@ impl ErofsMount {
     pub fn idmapped(&self, user_namespace: impl Into<Location>) -> Result<ErofsMount, ErofsError> {
         let namespace = UserNamespace::open(&user_namespace.into())?;
         self.require_unmapped()?;
-        self.try_clone()?.into_idmapped(namespace)
+        self.try_clone()?.into_idmapped(&namespace)
     }
 
     /// Gives this mount the mapping of a user namespace.
     pub(crate) fn into_idmapped(
         mut self,
-        namespace: UserNamespace,
+        namespace: &UserNamespace,
     ) -> Result<ErofsMount, ErofsError> {
         self.require_unmapped()?;
-        self.report.user_namespace = Some(namespace.path);
-        let namespace = Arc::new(namespace.fd);
-        self.set_mapping(&namespace)?;
-        self.user_namespace = Some(namespace);
+        self.report.user_namespace = Some(namespace.path.clone());
+        self.set_mapping(&namespace.fd)?;
+        self.user_namespace = Some(namespace.fd.clone());
         Ok(self)
     }
 
@@ -237,7 +257,7 @@ impl AsFd for ErofsMount {
 
 /// An opened user namespace.
 pub(crate) struct UserNamespace {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     path: PathBuf,
 }
 
@@ -256,7 +276,7 @@ impl UserNamespace {
         if !sealmount_sys::is_user_namespace(&fd) {
             return Err(ErofsError::NotUserNamespace { path });
         }
-        Ok(UserNamespace { fd, path })
+        Ok(UserNamespace { fd: Arc::new(fd), path })
     }
 }
 
@@ -303,6 +323,10 @@ fn mount(
         (Err(_), Some(refusal)) => return Err(refusal.into()),
         (device, _) => device?,
     };
+    mount_by_loop_device(source, &device)
+}
+
+fn mount_by_loop_device(source: &Source, device: &LoopDevice) -> Result<Mounted, ErofsError> {
     let mount = mount_from(source, &|context| context.set_string("source", &device.path))?;
     device.check_is_source_of(&mount)?;
     Ok((mount, SourceMethod::LoopDevice, Some(device.path.clone())))

@@ -298,6 +298,9 @@ pub enum Operation {
     /// fsmount(2).
     #[error("make the mount")]
     CreateMount,
+    /// FSCONFIG_CMD_CREATE of an overlay on the finished mount, as a trial.
+    #[error("stack an overlay on the mount")]
+    StackOverlay,
     /// open_tree(2) with OPEN_TREE_CLONE.
     #[error("clone the mount")]
     CloneMount,

@@ -26,7 +26,8 @@ use crate::location::is_same_file;
 use crate::overlay::layers::{Layer, Layers};
 use crate::overlay::method::LayerMethod;
 
-const IMAGE: &str = "image";
+/// The directory of the scratch with the image.
+pub(crate) const IMAGE: &str = "image";
 const WHITEOUTS: &str = "whiteouts";
 
 /// The two paths of a layer. At least one of them leads to the layer.
@@ -203,7 +204,8 @@ fn path_to(layer: &Layer) -> Option<PathBuf> {
     (fits && is_same_file(reopened, &layer.fd).unwrap_or(false)).then_some(path)
 }
 
-fn attach_to(directory: &str, mount: &OwnedFd) -> Result<(), Errno> {
+/// Attaches a detached mount to a new directory of the scratch.
+pub(crate) fn attach_to(directory: &str, mount: &OwnedFd) -> Result<(), Errno> {
     mkdirat(CWD, directory, Mode::RWXU)?;
     move_mount(mount, "", CWD, directory, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }

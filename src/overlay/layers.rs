@@ -61,6 +61,12 @@ pub(crate) struct Layers {
 }
 
 impl Layers {
+    /// Returns whether a directory is on an overlayfs.
+    pub fn are_on_overlay(&self) -> bool {
+        let upper = self.upper.iter().map(|upper| &upper.upperdir);
+        self.objects.iter().chain(upper).any(Layer::is_on_overlay)
+    }
+
     /// Rejects layers for which overlayfs fails with an ambiguous errno: one directory for two layers (ELOOP,
     /// EINVAL), and a workdir on another mount (EINVAL).
     pub fn check(&self) -> Result<(), OverlayError> {

@@ -7,6 +7,7 @@ mod layers;
 mod method;
 mod objects;
 mod options;
+mod stacking;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -34,6 +35,7 @@ use objects::check_verity;
 pub use options::{
     Atime, MountAttributes, OverlayOptions, SelinuxContexts, SuperblockFlags, UpperLayer, Verity,
 };
+pub use stacking::Stacking;
 
 /// The verification of the objects of a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +86,8 @@ pub struct OverlayReport {
     pub unsupported: Vec<Unsupported<LayerMethod>>,
     /// The verification of the objects.
     pub verity: ObjectVerity,
+    /// Whether another overlay can be mounted on the mount.
+    pub stacking: Stacking,
 }
 
 /// Object directories and an upper layer, opened and checked: everything of an overlay except the image.
@@ -200,6 +204,7 @@ impl Overlay {
             Some(objects) => Some(objects),
             None => self.check_objects(verity)?,
         };
+        let verity = if matches!(objects, Some(Err(_))) { Verity::Off } else { verity };
         let files = match verity {
             Verity::Off => Vec::new(),
             Verity::Try => sample_files(image.get()).unwrap_or_default(),
@@ -210,17 +215,19 @@ impl Overlay {
             options: &self.options,
             source: self.source_name(image.get().source()),
             path: image.get().source().path().to_owned(),
-            verity: if matches!(objects, Some(Err(_))) { Verity::Off } else { verity },
+            verity,
             files,
+            is_to_stack: image.get().is_from_file() && !self.layers.are_on_overlay(),
         };
-        let (fd, method, enforced) =
+        let Mounted { fd, method, verity: enforced, stacking } =
             mounting.mount(image, unsupported).map_err(|error| self.explained(error))?;
         let verity = match (objects, self.options.verity) {
             (Some(Err(reason)), _) => ObjectVerity::UnsupportedByObjects(reason),
             (_, Some(Verity::Off)) => ObjectVerity::Disabled,
             _ => enforced,
         };
-        Ok((Mount::new(fd), OverlayReport { method, unsupported: unsupported.clone(), verity }))
+        let unsupported = unsupported.clone();
+        Ok((Mount::new(fd), OverlayReport { method, unsupported, verity, stacking }))
     }
 
     /// Returns sampled files of the image whose object is in no object directory. Finds none if the image
@@ -276,6 +283,16 @@ struct Mounting<'a> {
     verity: Verity,
     /// The files to read before the mount is handed over.
     files: Vec<SampledFile>,
+    /// Whether to try another overlay on the mount.
+    is_to_stack: bool,
+}
+
+/// A finished overlay.
+struct Mounted {
+    fd: OwnedFd,
+    method: LayerMethod,
+    verity: ObjectVerity,
+    stacking: Stacking,
 }
 
 impl Mounting<'_> {
@@ -292,12 +309,19 @@ impl Mounting<'_> {
         &self,
         image: ImageLayer,
         unsupported: &mut Vec<Unsupported<LayerMethod>>,
-    ) -> Result<(OwnedFd, LayerMethod, ObjectVerity), OverlayError> {
+    ) -> Result<Mounted, OverlayError> {
         let method = LayerMethod::Descriptors;
         let by_descriptor = |context: &FsContext| self.set_by_descriptor(context, image.get());
         let error = match self.create_with_verity(&by_descriptor) {
             Err(OverlayError::Kernel(error)) if means_unsupported(method, &error) => *error,
-            result => return result.map(|(mount, verity)| (mount, method, verity)),
+            result => {
+                let (fd, verity) = result?;
+                let stacking = match self.is_to_stack {
+                    true => stacking::try_on(&fd, image.get(), &self.path),
+                    false => Stacking::NotTried,
+                };
+                return Ok(Mounted { fd, method, verity, stacking });
+            }
         };
         let methods: &[LayerMethod] = match error.errno {
             Errno::OPNOTSUPP => &[LayerMethod::LowerOnly],
@@ -307,7 +331,7 @@ impl Mounting<'_> {
 
         let image = image.into_fd()?;
         let attached = AttachedLayers::new(&image, self.layers, methods)?;
-        let (more_unsupported, method, result) = in_private_namespace(|use_paths| {
+        let (more_unsupported, method, result, stacking) = in_private_namespace(|use_paths| {
             attached.attach()?;
             let mut unsupported = Vec::new();
             for method in methods {
@@ -316,14 +340,20 @@ impl Mounting<'_> {
                     Err(OverlayError::Kernel(error)) if means_unsupported(*method, &error) => {
                         unsupported.push(Unsupported::new(*method, *error));
                     }
-                    result => return Ok((unsupported, *method, result)),
+                    result => {
+                        let stacking = match self.is_to_stack && result.is_ok() {
+                            true => stacking::try_in_scratch(&self.path),
+                            false => Stacking::NotTried,
+                        };
+                        return Ok((unsupported, *method, result, stacking));
+                    }
                 }
             }
             // Not reached: an error of the last method never means "unsupported".
             Err(KernelError::new(Operation::CreateSuperblock, Errno::OPNOTSUPP).on("overlay"))
         })?;
         unsupported.extend(more_unsupported);
-        result.map(|(mount, verity)| (mount, method, verity))
+        result.map(|(fd, verity)| Mounted { fd, method, verity, stacking })
     }
 
     /// Makes the overlay, with `verity=require` if the options request it and overlayfs knows it.

@@ -24,6 +24,11 @@ pub struct Recorded {
     pub is_create: bool,
     /// Whether the call is the check of the permission: the first command of that kind.
     pub is_permission_check: bool,
+    /// Whether the call is part of the trial of an overlay on the finished mount.
+    pub is_trial: bool,
+    /// Whether an overlay is being made, and whether an overlay was made.
+    is_overlay: bool,
+    has_overlay: bool,
     /// Whether the call is `fcntl(F_GET_SEALS)` on the image.
     pub is_seal_query: bool,
     /// Whether the call is one of many similar calls in a row.
@@ -90,7 +95,17 @@ impl Recorded {
         let file = file.map(PathBuf::from).or_else(|| call.file(0)).unwrap_or_default();
         let is_argument = || call.text(1).is_some_and(|path| arguments.contains(&path));
         let was_start = previous.is_none_or(|previous| previous.is_start);
+        let had_overlay = previous.is_some_and(|previous| previous.has_overlay);
+        let is_overlay = match call.number {
+            libc::SYS_fsopen => call.text(0).as_deref() == Some("overlay"),
+            _ => previous.is_some_and(|previous| previous.is_overlay),
+        };
+        let is_attach = call.number == libc::SYS_move_mount
+            && call.arguments[4] & libc::MOVE_MOUNT_T_EMPTY_PATH as u64 != 0;
         Recorded {
+            is_trial: had_overlay && !is_attach,
+            is_overlay,
+            has_overlay: had_overlay || is_overlay && call.number == libc::SYS_fsmount,
             call: SystemCall::of(call.number),
             nth: call.nth,
             length: call.arguments[2],

@@ -234,6 +234,10 @@ impl Fault {
         if recorded.is_permission_check {
             return matches!(errno, Errno::EPERM | Errno::EACCES);
         }
+        // A trial does not make a good mount fail.
+        if recorded.is_trial {
+            return false;
+        }
         // If the query fails, sealmount treats the image as a file that can change.
         if recorded.is_seal_query {
             return false;

@@ -34,6 +34,7 @@ mod parallel;
 mod probe;
 mod scenarios;
 mod source_released;
+mod stacking;
 mod stages;
 mod swap;
 mod system;

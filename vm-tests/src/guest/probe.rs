@@ -41,11 +41,26 @@ pub fn fs_verity(directory: &Path, algorithm: Algorithm) -> Result<bool, Error> 
 }
 
 /// Returns the newest method by which the kernel mounts the EROFS in a file.
+pub fn newest_source(image: &Path) -> Result<SourceMethod, Error> {
+    source(image, |_| Ok(true))
+}
+
+/// Returns the newest method by which the kernel mounts the EROFS in a file, so that two overlays can be
+/// stacked on the mount.
 pub fn best_source(image: &Path) -> Result<SourceMethod, Error> {
+    source(image, stacks)
+}
+
+fn source(
+    image: &Path,
+    is_good: impl Fn(&OwnedFd) -> Result<bool, Error>,
+) -> Result<SourceMethod, Error> {
     for method in [SourceMethod::Descriptor, SourceMethod::DescriptorPath, SourceMethod::LoopDevice]
     {
         match (method, erofs(image, method)) {
-            (_, Ok(_)) => return Ok(method),
+            (SourceMethod::LoopDevice, Ok(_)) => return Ok(method),
+            (_, Ok(mount)) if is_good(&mount)? => return Ok(method),
+            (_, Ok(_)) => {}
             (SourceMethod::Descriptor, Err(Errno::INVAL)) => {}
             (SourceMethod::DescriptorPath, Err(Errno::NOTBLK)) => {}
             (_, Err(errno)) => {
@@ -54,6 +69,39 @@ pub fn best_source(image: &Path) -> Result<SourceMethod, Error> {
         }
     }
     Err("the kernel rejects every source method".into())
+}
+
+/// Returns whether the kernel mounts an overlay on an overlay on a mount. Attaches the mount meanwhile.
+fn stacks(erofs: &OwnedFd) -> Result<bool, Error> {
+    let root = Path::new("/probe-stacking");
+    for name in ["erofs", "empty", "first", "second"] {
+        fs::create_dir_all(root.join(name))?;
+    }
+    move_mount(
+        erofs,
+        "",
+        rustix::fs::CWD,
+        root.join("erofs"),
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )?;
+    let overlay = |below: &str, on: &str| {
+        let root = root.display();
+        let options = format!("lowerdir={root}/{below}:{root}/empty");
+        let options = std::ffi::CString::new(options).expect("the path has no NUL");
+        mount("overlay", format!("{root}/{on}"), "overlay", MountFlags::empty(), options.as_c_str())
+    };
+    overlay("erofs", "first")?;
+    let second = overlay("first", "second");
+    for name in ["second", "first", "erofs"] {
+        if name != "second" || second.is_ok() {
+            unmount(root.join(name), UnmountFlags::DETACH)?;
+        }
+    }
+    match second {
+        Ok(()) => Ok(true),
+        Err(Errno::INVAL) => Ok(false),
+        Err(errno) => Err(format!("cannot probe stacking: {errno}").into()),
+    }
 }
 
 /// Returns whether a mount of EROFS can be idmapped.
@@ -240,7 +288,11 @@ fn probes_return_documented_features(guest: &mut Guest) -> Result<(), Error> {
     if !release.ends_with("-cloud-amd64") {
         return Ok(());
     }
-    let (source, layers) = if guest.kernel_at_least(7, 3)? {
+    let version = release.split(['-', '+']).next();
+    let (source, layers) = if matches!(version, Some("6.17.13" | "6.18.5")) {
+        // An EROFS from a file counts as a level of stacking.
+        (SourceMethod::LoopDevice, LayerMethod::Descriptors)
+    } else if guest.kernel_at_least(7, 3)? {
         (SourceMethod::Descriptor, LayerMethod::Descriptors)
     } else if guest.kernel_at_least(6, 15)? {
         (SourceMethod::DescriptorPath, LayerMethod::Descriptors)

@@ -2,7 +2,7 @@
 
 use super::{
     basics, boot, cgroup, copies, digest, fallbacks, fault_injection, missing, nested, objects,
-    parallel, probe, source_released, stages, swap, trees, verity,
+    parallel, probe, source_released, stacking, stages, swap, trees, verity,
 };
 use crate::scenario::Scenario;
 
@@ -19,6 +19,7 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> + Clone {
         source_released::SCENARIOS,
         copies::SCENARIOS,
         cgroup::SCENARIOS,
+        stacking::SCENARIOS,
         stages::SCENARIOS,
         objects::SCENARIOS,
         nested::SCENARIOS,
