@@ -7,6 +7,8 @@ use crate::kernel::{ErrorKind, Hint, KernelError};
 use crate::location::DirectoryError;
 use crate::options::OptionsError;
 use crate::overlay::OverlayError;
+use crate::record::RecordError;
+use crate::remount::RemountError;
 use crate::source::SourceError;
 
 /// The reason why an image could not be mounted. No mount, device or file is left.
@@ -52,6 +54,14 @@ pub enum Error {
     #[error(transparent)]
     Attach(#[from] AttachProblem),
 
+    /// The mount cannot be remounted.
+    #[error(transparent)]
+    Remount(#[from] RemountError),
+
+    /// The options of the mount cannot be recorded.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+
     /// The caller's callback ended the mount.
     #[error("mount: cancelled by the caller")]
     Cancelled,
@@ -71,6 +81,8 @@ impl Error {
             Error::Erofs(error) => error.kind(),
             Error::Overlay(error) => error.kind(),
             Error::Attach(error) => error.kind(),
+            Error::Remount(error) => error.kind(),
+            Error::Record(error) => error.kind(),
             Error::Cancelled => ErrorKind::Cancelled,
             Error::Kernel(error) => error.kind(),
         }
@@ -85,6 +97,8 @@ impl Error {
             Error::Erofs(error) => error.hint(),
             Error::Overlay(error) => error.hint(),
             Error::Attach(error) => error.hint(),
+            Error::Remount(error) => error.hint(),
+            Error::Record(error) => error.hint(),
             Error::Cancelled => None,
             Error::Kernel(error) => error.hint(),
         }
@@ -99,6 +113,8 @@ impl Error {
             Error::Erofs(error) => error.kernel(),
             Error::Overlay(error) => error.kernel(),
             Error::Attach(error) => error.kernel(),
+            Error::Remount(error) => error.kernel(),
+            Error::Record(error) => error.kernel(),
             Error::Kernel(error) => Some(error),
         }
     }
@@ -113,6 +129,8 @@ impl Error {
             Error::Erofs(error) => error.raw_os_error(),
             Error::Overlay(error) => error.raw_os_error(),
             Error::Attach(error) => error.raw_os_error(),
+            Error::Remount(error) => error.raw_os_error(),
+            Error::Record(error) => error.kernel().map(KernelError::raw_os_error),
             Error::Kernel(error) => Some(error.raw_os_error()),
         }
     }
@@ -175,6 +193,8 @@ into_io_error!(
     ErofsError,
     OverlayError,
     AttachError,
+    RemountError,
+    RecordError,
     DirectoryError
 );
 

@@ -113,6 +113,8 @@ mod location;
 mod mount;
 mod options;
 mod overlay;
+mod record;
+mod remount;
 mod source;
 mod util;
 
@@ -130,11 +132,13 @@ pub use event::{Event, Method};
 pub use image::{Compression, Format, Header, Image, ImageError, ImageProblem};
 pub use kernel::{ErrorKind, Hint, KernelError, Operation, Unsupported};
 pub use location::{DirectoryError, DirectoryRole, Location};
-pub use options::{MountOptions, OptionsError, Sloppy};
+pub use options::{MountFlags, MountOptions, OptionsError, RemountOptions, Sloppy};
 pub use overlay::{
     Atime, LayerMethod, MountAttributes, ObjectVerity, Overlay, OverlayError, OverlayOptions,
     OverlayReport, SelinuxContexts, Stacking, SuperblockFlags, UpperLayer, Verity,
 };
+pub use record::{MountRecord, RecordError, RecordProblem};
+pub use remount::{AttachedMount, RemountError, RemountReport};
 pub use source::{
     CopyOptions, LoopDeviceError, MemoryKind, Progress, SizeLimit, Source, SourceError,
     SourceReport, Verified, VerifiedBy,

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use lexopt::{Arg, Parser};
 use rustix::process::{getegid, geteuid, getgid, getuid};
 use sealmount::{
-    Error, ErrorKind, Event, MountOptions, Progress, enter_mount_namespace, open_mount_point,
+    AttachedMount, Error, ErrorKind, Event, MountOptions, Progress, RemountOptions,
+    enter_mount_namespace, open_mount_point,
 };
 
 const USAGE: &str = "\
@@ -24,7 +25,7 @@ Mounts a composefs image, as the helper of mount(8) or called directly.
   -o OPTION[,OPTION...]  may be given several times; see below
   -s                     tolerate unknown options
   -f                     fake: check everything, attach nothing
-  -n                     accepted: there is no mtab to write
+  -n                     write no record of the options to /run/sealmount
   -v                     report each step on stderr, one line each
   -N NAMESPACE           mount in this mount namespace, a PID or a path; all paths belong to it
   -t TYPE                accepted: composefs or composefs.SUBTYPE
@@ -47,6 +48,8 @@ Options:
   idmap=PATH             a user namespace, whose mapping the files of the image get
   ro, rw, nosuid, nodev, noexec, nosymfollow, noatime, sync, context=, ...
                          as for mount(8)
+  remount                change these flags of the mount on DIRECTORY; every other option
+                         must be an option of the mount
 
 The manual page mount.composefs(8) describes them all.";
 
@@ -165,27 +168,24 @@ fn run() -> Result<(), Failure> {
         }
         Err(error) => return Err(Failure::usage(error.to_string())),
     };
-    let say = |text: &dyn Display| {
-        if arguments.verbose {
-            say(text);
-        }
-    };
+    match RemountOptions::is_requested(&arguments.options)? {
+        true => remount(&arguments),
+        false => mount(&arguments),
+    }
+}
+
+fn mount(arguments: &Arguments) -> Result<(), Failure> {
+    let say = |text: &dyn Display| arguments.say(text);
     let mut bar = Bar::new(arguments.verbose && io::stderr().is_terminal());
 
     let options = if arguments.sloppy {
         let parsed = MountOptions::parse_sloppy(&arguments.options)?;
-        for name in parsed.unknown {
-            say(&format_args!("option {} is unknown: ignored", name.display()));
-        }
+        arguments.say_unknown(parsed.unknown);
         parsed.options
     } else {
         MountOptions::parse(&arguments.options)?
     };
-    if let Some(namespace) = &arguments.namespace {
-        let namespace = namespace_path(namespace);
-        enter_mount_namespace(&namespace)?;
-        say(&format_args!("entered the mount namespace {}", namespace.display()));
-    }
+    arguments.enter_namespace()?;
 
     // A missing directory is reported before an image is copied.
     let mount_point = open_mount_point(arguments.mount_point.as_os_str())?;
@@ -212,12 +212,46 @@ fn run() -> Result<(), Failure> {
         say(&format_args!("not attached to {directory}: -f"));
         return Ok(());
     }
+    let record = if arguments.no_record { Ok(None) } else { options.record(&mount) };
     mount.attach(mount_point)?;
     let read_only = match (options.overlay.read_only, options.overlay.is_read_only()) {
         (false, true) => ", read-only: there is no upperdir",
         _ => "",
     };
     say(&format_args!("attached to {directory}{read_only}"));
+    // A mount without a record is complete. Only a remount needs the record.
+    match record.and_then(|record| record.map(|record| record.write()).transpose()) {
+        Ok(Some(())) => say(&"options recorded for a remount"),
+        Ok(None) => {}
+        Err(error) => say(&format_args!("options not recorded: {error}")),
+    }
+    Ok(())
+}
+
+fn remount(arguments: &Arguments) -> Result<(), Failure> {
+    let options = RemountOptions::parse(&arguments.options)?;
+    arguments.enter_namespace()?;
+    let mount = AttachedMount::open(arguments.mount_point.as_os_str()).map_err(Error::from)?;
+    let flags = if arguments.sloppy {
+        let (flags, unknown) = mount.compare_sloppy(&options)?;
+        arguments.say_unknown(unknown);
+        flags
+    } else {
+        mount.compare(&options)?
+    };
+    let directory = arguments.mount_point.display();
+    arguments.say(&format_args!("{directory}: the mount has all options that cannot change"));
+    if arguments.fake {
+        arguments.say(&format_args!("{directory}: not remounted with {flags}: -f"));
+        return Ok(());
+    }
+    let report = mount.remount(&flags)?;
+    let read_only = match report.after.read_only == flags.read_only {
+        true => "",
+        false => ", read-only: there is no upperdir",
+    };
+    let (before, after) = (report.before, report.after);
+    arguments.say(&format_args!("{directory}: remounted from {before} to {after}{read_only}"));
     Ok(())
 }
 
@@ -271,7 +305,31 @@ struct Arguments {
     sloppy: bool,
     fake: bool,
     verbose: bool,
+    no_record: bool,
     namespace: Option<OsString>,
+}
+
+impl Arguments {
+    /// Prints one line, with `-v` only.
+    fn say(&self, text: &dyn Display) {
+        if self.verbose {
+            say(text);
+        }
+    }
+
+    fn say_unknown(&self, names: Vec<OsString>) {
+        for name in names {
+            self.say(&format_args!("option {} is unknown: ignored", name.display()));
+        }
+    }
+
+    fn enter_namespace(&self) -> Result<(), Error> {
+        let Some(namespace) = &self.namespace else { return Ok(()) };
+        let namespace = namespace_path(namespace);
+        enter_mount_namespace(&namespace)?;
+        self.say(&format_args!("entered the mount namespace {}", namespace.display()));
+        Ok(())
+    }
 }
 
 impl Command {
@@ -279,12 +337,13 @@ impl Command {
         let mut operands = Vec::new();
         let mut options = Vec::new();
         let (mut sloppy, mut fake, mut verbose, mut namespace) = (false, false, false, None);
+        let mut no_record = false;
         while let Some(argument) = parser.next()? {
             match argument {
                 Arg::Short('o') => options.push(option_text(parser.value()?)?),
                 Arg::Short('s') => sloppy = true,
                 Arg::Short('f') => fake = true,
-                Arg::Short('n') => {}
+                Arg::Short('n') => no_record = true,
                 Arg::Short('v') => verbose = true,
                 Arg::Short('N') => namespace = Some(not_empty("-N", parser.value()?)?),
                 Arg::Short('t') => require_composefs(&parser.value()?)?,
@@ -309,6 +368,7 @@ impl Command {
             sloppy,
             fake,
             verbose,
+            no_record,
             namespace,
         }))
     }

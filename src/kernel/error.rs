@@ -178,6 +178,9 @@ impl KernelError {
             (Operation::SetOption, Errno::INVAL) if self.is_selinux_context() => {
                 "use a kernel with SELinux enabled, or leave out the SELinux context"
             }
+            (Operation::ChangeSuperblock | Operation::ChangeAttributes, Errno::BUSY) => {
+                "close the files that are open for writing: `fuser -vm` and the directory lists them"
+            }
             (Operation::CreateSuperblock, _) if self.log.is_empty() => match self.file_system {
                 Some("overlay") => {
                     "look into dmesg; no layer may lie within another layer, and upperdir must be \
@@ -334,6 +337,21 @@ pub enum Operation {
     /// move_mount(2) with MOVE_MOUNT_BENEATH.
     #[error("attach the mount beneath another")]
     AttachBeneath,
+    /// open(2) and read(2) of mountinfo in a private procfs.
+    #[error("read the mount table")]
+    ReadMountTable,
+    /// FSCONFIG_CMD_RECONFIGURE of fsconfig(2).
+    #[error("change the superblock")]
+    ChangeSuperblock,
+    /// mount_setattr(2) of an attached mount.
+    #[error("change the attributes of the mount")]
+    ChangeAttributes,
+    /// The system calls that write the options of a mount to a file in /run.
+    #[error("record the options of the mount")]
+    WriteRecord,
+    /// The system calls that read the options of a mount from a file in /run.
+    #[error("read the recorded options of the mount")]
+    ReadRecord,
 }
 
 impl Operation {
@@ -356,6 +374,9 @@ impl Operation {
             ),
             Operation::EnterNamespace => {
                 Some("run as root (CAP_SYS_ADMIN and CAP_SYS_CHROOT) to enter a mount namespace")
+            }
+            Operation::WriteRecord | Operation::ReadRecord => {
+                Some("run as root, which owns the directory of the records")
             }
             Operation::ReadImage | Operation::MeasureVerity | Operation::SampleObjects => Some(
                 "check the permissions of the files; if you are root, a security module or a seccomp \

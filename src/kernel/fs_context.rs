@@ -73,8 +73,8 @@ impl FsContext {
     }
 
     /// Changes the superblock of a context made by [`FsContext::pick`] (`FSCONFIG_CMD_RECONFIGURE`).
-    pub fn reconfigure(&self) -> Result<(), KernelError> {
-        fsconfig_reconfigure(&self.fd).map_err(|errno| self.error(Operation::SealMemory, errno))
+    pub fn reconfigure(&self, operation: Operation) -> Result<(), KernelError> {
+        fsconfig_reconfigure(&self.fd).map_err(|errno| self.error(operation, errno))
     }
 
     /// Makes a detached mount of the superblock.

@@ -6,6 +6,7 @@ pub(crate) mod fs_context;
 mod hint;
 mod kind;
 pub(crate) mod mount;
+pub(crate) mod mount_table;
 pub(crate) mod private_namespace;
 pub(crate) mod procfs;
 mod thread;

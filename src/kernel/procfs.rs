@@ -57,6 +57,12 @@ impl Procfs {
         openat(&self.root, "thread-self/ns/mnt", flags, Mode::empty())
     }
 
+    /// Opens the table of the mounts that the calling thread can reach.
+    pub fn open_mount_table(&self) -> Result<OwnedFd, Errno> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        openat(&self.root, "thread-self/mountinfo", flags, Mode::empty())
+    }
+
     /// Runs `work` with a path that leads to the file of a descriptor.
     ///
     /// The path is relative to this procfs, which is the working directory of the thread that runs

@@ -4,12 +4,13 @@
 //! them. In `basedir=`, a colon in a path needs a backslash too.
 
 use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 use crate::digest::Digest;
 use crate::location::{Location, proc_fd_path};
-use crate::options::{MountOptions, OptionsError};
+use crate::options::{MountFlags, MountOptions, OptionsError};
 use crate::overlay::{Atime, MountAttributes, SuperblockFlags, UpperLayer, Verity};
 use crate::source::{MemoryKind, SizeLimit};
 
@@ -161,6 +162,135 @@ impl MountOptions {
             text.value(name, &[context.as_bytes().to_vec()]);
         }
         OsString::from_vec(text.bytes)
+    }
+}
+
+/// The options of a remount: new flags of the mount, and options that the mount must already have.
+///
+/// A remount replaces the flags, as
+/// [mount(2)](https://man7.org/linux/man-pages/man2/mount.2.html) does. A flag that the text does not name is
+/// cleared, because mount(8) passes the option `suid` by leaving out `nosuid`. There are two exceptions.
+/// Without an option for access times, these flags stay as they are. `dirsync` stays too, because the kernel
+/// cannot clear it.
+///
+/// All other options describe the mount. [`AttachedMount::compare`](crate::AttachedMount::compare) rejects
+/// an option that the mount does not have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RemountOptions {
+    pub(crate) flags: MountFlags,
+    /// `false`: the flags for access times stay as they are.
+    pub(crate) names_atime: bool,
+    /// `false`: `dirsync` stays as it is.
+    pub(crate) names_dirsync: bool,
+    /// The named options for image, copy and overlay, except the upper layer.
+    pub(crate) expected: MountOptions,
+    pub(crate) upperdir: Option<PathBuf>,
+    pub(crate) workdir: Option<PathBuf>,
+    /// Options that are unknown here, which mount(8) may have read from the mount table.
+    pub(crate) others: Vec<(OsString, Option<OsString>)>,
+}
+
+impl RemountOptions {
+    /// Returns whether the text of `-o` requests a remount.
+    ///
+    /// # Errors
+    ///
+    /// [`OptionsError`]: a backslash at the end, a NUL byte, or a value of `remount`.
+    pub fn is_requested(text: impl AsRef<OsStr>) -> Result<bool, OptionsError> {
+        let text = text.as_ref().as_bytes();
+        let mut remounts = tokens(text)?.into_iter().filter(|token| token.is(REMOUNT)).peekable();
+        let is_requested = remounts.peek().is_some();
+        remounts.try_for_each(|token| token.flag(REMOUNT))?;
+        Ok(is_requested)
+    }
+
+    /// Parses the text of `-o`, in which `remount` may be left out.
+    ///
+    /// # Errors
+    ///
+    /// [`OptionsError`]: an option lacks its value, or has a wrong one. An unknown option is not an error: the
+    /// mount may have it.
+    pub fn parse(text: impl AsRef<OsStr>) -> Result<RemountOptions, OptionsError> {
+        let mut options = RemountOptions::default();
+        let mut draft = Draft::default();
+        for token in tokens(text.as_ref().as_bytes())? {
+            if token.is(REMOUNT) {
+                token.flag(REMOUNT)?;
+            } else if !draft.apply(&token)? {
+                let value = token.value.map(|value| OsString::from_vec(unescape(value)));
+                options.others.push((OsString::from_vec(token.name.to_owned()), value));
+            }
+            let is_either = |(set, clear): (&str, &str)| token.is(set) || token.is(clear);
+            let atimes = ATIMES.iter().map(|(set, clear, _)| (*set, *clear));
+            options.names_atime |= atimes.chain([("nodiratime", "diratime")]).any(is_either);
+            options.names_dirsync |= is_either(("dirsync", "nodirsync"));
+        }
+        let path = |location| match location {
+            Some(Location::Path(path)) => Some(path),
+            _ => None,
+        };
+        (options.upperdir, options.workdir) = (path(draft.upperdir), path(draft.workdir));
+        options.expected = draft.options;
+        if draft.tryverity && options.expected.digest.is_some() {
+            options.expected.overlay.verity = Some(Verity::Require);
+        }
+        options.flags = MountFlags::of(&options.expected);
+        Ok(options)
+    }
+}
+
+const REMOUNT: &str = "remount";
+
+impl MountFlags {
+    /// Returns the flags of a new mount.
+    pub(crate) fn of(options: &MountOptions) -> MountFlags {
+        let overlay = &options.overlay;
+        MountFlags {
+            read_only: overlay.read_only,
+            attributes: overlay.attributes,
+            atime: overlay.atime,
+            superblock_flags: overlay.superblock_flags,
+        }
+    }
+
+    /// Returns the flags that the kernel shows with these words.
+    pub(crate) fn shown_as<'a>(words: impl Iterator<Item = &'a OsStr> + Clone) -> MountFlags {
+        let mut draft = Draft::default();
+        for word in words.clone() {
+            // The word is a flag or another option. A flag without a value cannot fail.
+            let _ = draft.apply_from_tables(&Token { name: word.as_bytes(), value: None });
+        }
+        let mut flags = MountFlags::of(&draft.options);
+        flags.read_only = words.clone().any(|word| word == "ro");
+        // The kernel shows no word for strictatime.
+        if !words.clone().any(|word| word == "relatime" || word == "noatime") {
+            flags.atime = Atime::Strictatime;
+        }
+        flags
+    }
+
+    /// Returns the words of the flags that are set.
+    fn words(mut self) -> Vec<&'static str> {
+        let mut words = Vec::new();
+        for (name, _, attribute) in ATTRIBUTES {
+            if *attribute(&mut self.attributes) {
+                words.push(*name);
+            }
+        }
+        words.extend(ATIMES.iter().filter(|(_, _, atime)| *atime == self.atime).map(|row| row.0));
+        for (name, _, flag) in SUPERBLOCK_FLAGS {
+            if *flag(&mut self.superblock_flags) {
+                words.push(*name);
+            }
+        }
+        words
+    }
+}
+
+impl fmt::Display for MountFlags {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.read_only { "ro" } else { "rw" })?;
+        self.words().iter().try_for_each(|word| write!(f, ",{word}"))
     }
 }
 

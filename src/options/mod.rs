@@ -7,11 +7,11 @@ use std::ffi::OsString;
 use crate::digest::{Digest, ParseDigestError};
 use crate::kernel::{ErrorKind, Hint};
 use crate::location::Location;
-use crate::overlay::{OverlayOptions, Verity};
+use crate::overlay::{Atime, MountAttributes, OverlayOptions, SuperblockFlags, Verity};
 use crate::source::{CopyOptions, MemoryKind, SizeLimit};
 use crate::util::text::shown;
 
-pub use grammar::Sloppy;
+pub use grammar::{RemountOptions, Sloppy};
 
 /// The options of a mount, as in `mount -o`.
 ///
@@ -79,6 +79,20 @@ impl MountOptions {
     }
 }
 
+/// The flags of a mount, which a remount can change. The text is the text of `-o`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MountFlags {
+    /// `ro`: the mount or its superblock is read-only.
+    pub read_only: bool,
+    /// `nosuid`, `nodev`, `noexec`, `nosymfollow`, `nodiratime`.
+    pub attributes: MountAttributes,
+    /// `relatime`, `noatime`, `strictatime`.
+    pub atime: Atime,
+    /// `sync`, `dirsync`, `lazytime`, `mand`.
+    pub superblock_flags: SuperblockFlags,
+}
+
 /// The reason why options are rejected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -139,10 +153,13 @@ impl OptionsError {
     pub fn hint(&self) -> Option<Hint> {
         Some(match self {
             OptionsError::Unknown(name) => match name.as_encoded_bytes() {
-                b"remount" => Hint::new(
-                    "unmount and mount again; `mount -o remount,bind,…` changes ro, nosuid, nodev, noexec \
-                     and the like of a mount",
+                b"remount" => Hint::of_types_or_options(
+                    "parse the options of a remount with RemountOptions::parse",
+                    "leave out remount for a new mount",
                 ),
+                b"bind" => {
+                    Hint::new("call mount(8): `mount -o remount,bind,…` needs no mount helper")
+                }
                 b"private" | b"shared" | b"slave" | b"unbindable" | b"rprivate" | b"rshared"
                 | b"rslave" | b"runbindable" => Hint::new(
                     "set the propagation with `mount --make-private` and the like, after the mount",

@@ -461,7 +461,8 @@ impl Mounting<'_> {
             context.set_flag("ro")?;
         }
         context.create()?;
-        context.mount(mount_attributes(self.options))
+        let OverlayOptions { attributes, atime, .. } = *self.options;
+        context.mount(mount_attributes(self.options.is_read_only(), attributes, atime))
     }
 }
 
@@ -489,9 +490,13 @@ fn may_be_for_verity(error: &KernelError) -> bool {
         }
 }
 
-fn mount_attributes(options: &OverlayOptions) -> MountAttrFlags {
-    let MountAttributes { nosuid, nodev, noexec, nosymfollow, nodiratime } = options.attributes;
-    let atime = match options.atime {
+pub(crate) fn mount_attributes(
+    read_only: bool,
+    attributes: MountAttributes,
+    atime: Atime,
+) -> MountAttrFlags {
+    let MountAttributes { nosuid, nodev, noexec, nosymfollow, nodiratime } = attributes;
+    let atime = match atime {
         Atime::Relatime => MountAttrFlags::MOUNT_ATTR_RELATIME,
         Atime::Noatime => MountAttrFlags::MOUNT_ATTR_NOATIME,
         Atime::Strictatime => MountAttrFlags::MOUNT_ATTR_STRICTATIME,
@@ -502,7 +507,7 @@ fn mount_attributes(options: &OverlayOptions) -> MountAttrFlags {
         (noexec, MountAttrFlags::MOUNT_ATTR_NOEXEC),
         (nosymfollow, MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW),
         (nodiratime, MountAttrFlags::MOUNT_ATTR_NODIRATIME),
-        (options.is_read_only(), MountAttrFlags::MOUNT_ATTR_RDONLY),
+        (read_only, MountAttrFlags::MOUNT_ATTR_RDONLY),
     ]
     .into_iter()
     .fold(atime, |flags, (is_set, flag)| if is_set { flags | flag } else { flags })

@@ -170,7 +170,7 @@ fn make_read_only(mount: &OwnedFd) -> Result<(), KernelError> {
         // After a failure a context cannot be used again.
         let context = FsContext::pick("ramfs", mount)?;
         context.set_flag("ro")?;
-        match context.reconfigure() {
+        match context.reconfigure(Operation::SealMemory) {
             Err(error) if error.errno == Errno::BUSY && attempts < READ_ONLY_ATTEMPTS => {
                 attempts += 1;
                 std::thread::sleep(PAUSE);

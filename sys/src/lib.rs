@@ -1,6 +1,6 @@
 //! Kernel interfaces that [sealmount] needs and [rustix] lacks:
 //!
-//! - loop devices, fs-verity, `mount_setattr`, namespaces of a single thread
+//! - loop devices, fs-verity, `mount_setattr`, `statmount`, namespaces of a single thread
 //! - `AT_SECURE`, `sysinfo`, a resource limit, the current CPU
 //! - a mapping of a sealed memfd
 //! - swap areas, for the tests of sealmount
@@ -22,16 +22,18 @@ mod namespace;
 mod sealed_mapping;
 pub mod sha256;
 pub mod sha512;
+mod statmount;
 mod swap;
 mod sysinfo;
 
 pub use auxv::is_secure_execution;
 pub use cpu::current_cpu;
-pub use mount_setattr::{mount_setattr_idmap, mount_setattr_private};
+pub use mount_setattr::{mount_setattr_flags, mount_setattr_idmap, mount_setattr_private};
 pub use namespace::{
     enter_mount_namespace, is_user_namespace, unshare_mount_namespace, unshare_user_namespace,
     unshare_working_directory,
 };
 pub use sealed_mapping::SealedMapping;
+pub use statmount::statmount_exists;
 pub use swap::{swap_off, swap_on};
 pub use sysinfo::{SystemMemory, file_size_limit, memory};

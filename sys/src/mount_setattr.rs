@@ -55,6 +55,23 @@ pub fn mount_setattr_idmap(mount: impl AsFd, user_namespace: impl AsFd) -> io::R
     mount_setattr(mount.as_fd().as_raw_fd(), c"", AT_EMPTY_PATH, &attr)
 }
 
+/// Sets and clears attributes of an attached mount (`MOUNT_ATTR_*`). The kernel changes all of them or none.
+///
+/// # Errors
+///
+/// `EBUSY`: a file of the mount is open for writing, and the mount is to become read-only. `EPERM`: the caller
+/// lacks `CAP_SYS_ADMIN`, or the mount namespace locks an attribute. `EINVAL`: the mount is not in the mount
+/// namespace of the caller.
+pub fn mount_setattr_flags(mount: impl AsFd, set: u32, clear: u32) -> io::Result<()> {
+    let attr = mount_attr {
+        attr_set: u64::from(set),
+        attr_clr: u64::from(clear),
+        propagation: 0,
+        userns_fd: 0,
+    };
+    mount_setattr(mount.as_fd().as_raw_fd(), c"", AT_EMPTY_PATH, &attr)
+}
+
 /// Makes every mount of the calling thread's mount namespace private: mounts propagate neither out of the
 /// namespace nor into it.
 ///

@@ -355,3 +355,88 @@ proptest! {
         }
     }
 }
+
+fn remount(text: &str) -> RemountOptions {
+    RemountOptions::parse(text).unwrap()
+}
+
+#[test]
+fn remount_text_is_recognized() {
+    let is_requested = |text| RemountOptions::is_requested(text);
+    assert_eq!(is_requested("ro,remount,basedir=/a"), Ok(true));
+    assert_eq!(is_requested(r"ro,basedir=/a\,remount,x-remount"), Ok(false));
+    assert_eq!(is_requested("remount=1"), Err(OptionsError::TakesNoValue("remount")));
+    assert_eq!(RemountOptions::parse("remount=1"), Err(OptionsError::TakesNoValue("remount")));
+}
+
+#[test]
+fn remount_text_returns_flags_and_other_options() {
+    let options = remount("rw,remount,nosuid,noatime,sync,lowerdir+=/,index=off,volatile");
+    assert_eq!(RemountOptions::parse("digest="), Err(OptionsError::NeedsValue("digest")));
+    assert_eq!(options.flags.to_string(), "rw,nosuid,noatime,sync");
+    assert!(options.names_atime && !options.names_dirsync);
+    assert_eq!(
+        options.others,
+        [
+            ("lowerdir+".into(), Some("/".into())),
+            ("index".into(), Some("off".into())),
+            ("volatile".into(), None),
+        ],
+    );
+}
+
+#[test]
+fn remount_text_names_atime_and_dirsync() {
+    for (text, atime, dirsync) in [
+        ("ro,nosuid", false, false),
+        ("relatime", true, false),
+        ("atime", true, false),
+        ("diratime", true, false),
+        ("nodirsync", false, true),
+    ] {
+        let options = remount(text);
+        assert_eq!((options.names_atime, options.names_dirsync), (atime, dirsync), "{text}");
+    }
+}
+
+#[test]
+fn remount_text_keeps_upperdir_without_workdir() {
+    let options = remount("upperdir=/u");
+    assert_eq!((options.upperdir, options.workdir), (Some("/u".into()), None));
+}
+
+#[test]
+fn flags_are_read_from_words_of_the_kernel() {
+    for (words, expected) in [
+        ("ro,relatime,rw,lowerdir+", "ro,relatime"),
+        ("rw,nosuid,nodev,rw", "rw,nosuid,nodev,strictatime"),
+        (
+            "rw,noexec,noatime,nodiratime,rw,sync,lazytime",
+            "rw,noexec,nodiratime,noatime,sync,lazytime",
+        ),
+    ] {
+        let flags = MountFlags::shown_as(words.split(',').map(OsStr::new));
+        assert_eq!(flags.to_string(), expected);
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_remount_text_parses_without_panic(text in "[a-z=,\\\\:+./]{0,60}") {
+        let _ = (RemountOptions::is_requested(&text), RemountOptions::parse(&text));
+    }
+
+    #[test]
+    fn flags_of_remount_text_round_trip(bits in 0..2048_u32, atime in 0..3_usize) {
+        let on = |bit: u32| bits & (1 << bit) != 0;
+        let flags = MountFlags {
+            read_only: on(0),
+            attributes: MountAttributes {
+                nosuid: on(1), nodev: on(2), noexec: on(3), nosymfollow: on(4), nodiratime: on(5),
+            },
+            atime: ATIMES[atime].2,
+            superblock_flags: SuperblockFlags { sync: on(6), dirsync: on(7), lazytime: on(8), mand: on(9) },
+        };
+        prop_assert_eq!(remount(&flags.to_string()).flags, flags);
+    }
+}

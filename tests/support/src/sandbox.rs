@@ -11,7 +11,8 @@ use crate::programs::run;
 /// With this variable, tests that need root pass without running.
 const SKIP: &str = "SEALMOUNT_SKIP_ROOT_TESTS";
 
-/// A directory, and a mount namespace for the calling thread and the processes that the thread starts.
+/// A directory, and a mount namespace with an empty /run, for the calling thread and the processes that the
+/// thread starts.
 pub struct Sandbox {
     directory: tempfile::TempDir,
 }
@@ -29,6 +30,8 @@ impl Sandbox {
         }
         sealmount_sys::unshare_mount_namespace().unwrap();
         sealmount_sys::mount_setattr_private().unwrap();
+        // The helper and mount(8) write to /run.
+        run("mount", ["-n", "-t", "tmpfs", "tmpfs", "/run"]);
         let directory = tempfile::tempdir_in(parent).unwrap();
         Some(Sandbox { directory })
     }

@@ -1,0 +1,356 @@
+//! Records of the options that the kernel does not show: a file for each mount in /run/sealmount.
+//!
+//! The name of a file holds the mount namespace and the unique ID of the mount (Linux 6.8), which the kernel
+//! never uses again. So a record cannot describe a later mount. docs/design.md has the alternatives.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, StatxFlags, fstat, mkdirat, openat, renameat,
+    stat, statx, unlinkat,
+};
+use rustix::io::{Errno, retry_on_intr};
+
+use crate::kernel::{ErrorKind, Hint, KernelError, Operation};
+use crate::location::Location;
+use crate::options::MountOptions;
+use crate::overlay::OverlayOptions;
+use crate::util::io::read_at;
+use crate::util::text::shown;
+
+const DIRECTORY: &str = "/run/sealmount";
+
+/// The size of a file that is not a record. Object directories have paths of up to 4096 bytes.
+const TOO_LARGE: usize = 1024 * 1024;
+
+/// `STATX_MNT_ID_UNIQUE` (Linux 6.8), which rustix lacks.
+const MNT_ID_UNIQUE: u32 = 0x4000;
+
+/// The options of a mount that the kernel does not show: `digest=`, `copy`, `size=` and `idmap=`. A remount can
+/// compare them if they are recorded ([`AttachedMount::compare`](crate::AttachedMount::compare)).
+///
+/// ```no_run
+/// # fn f(options: sealmount::MountOptions) -> Result<(), sealmount::Error> {
+/// let mount = options.mount("/images/base.cfs")?;
+/// let record = options.record(&mount)?;
+/// mount.attach("/mnt")?;
+/// if let Some(record) = record {
+///     record.write()?;
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct MountRecord {
+    name: RecordName,
+    text: OsString,
+}
+
+impl MountOptions {
+    /// Makes the record of a mount with these options, or `None` if the kernel shows all of them.
+    ///
+    /// # Errors
+    ///
+    /// [`RecordError`]. Before Linux 6.8, a mount has no unique ID and cannot have a record.
+    pub fn record(&self, mount: impl AsFd) -> Result<Option<MountRecord>, RecordError> {
+        if self.digest.is_none()
+            && self.copy.is_none()
+            && self.size.is_none()
+            && self.idmap.is_none()
+        {
+            return Ok(None);
+        }
+        let name = RecordName::of(mount, Operation::WriteRecord)?;
+        Ok(Some(MountRecord { name, text: self.recorded().to_text() }))
+    }
+
+    /// Returns the options of the record, with absolute paths.
+    fn recorded(&self) -> MountOptions {
+        let absolute =
+            |location: &Location| location.absolute_path().map_or(location.clone(), Location::Path);
+        MountOptions {
+            digest: self.digest,
+            copy: self.copy,
+            size: self.size,
+            idmap: self.idmap.as_ref().map(absolute),
+            overlay: OverlayOptions {
+                objects: self.overlay.objects.iter().map(absolute).collect(),
+                ..OverlayOptions::default()
+            },
+        }
+    }
+}
+
+impl MountRecord {
+    /// Writes the record to a file in /run/sealmount that only root can read. Removes the records of mounts
+    /// that the mount namespace does not have, so the mount must be attached.
+    ///
+    /// # Errors
+    ///
+    /// [`RecordError`]
+    pub fn write(&self) -> Result<(), RecordError> {
+        let directory = make_directory()?;
+        let failed = |errno| failed(Operation::WriteRecord, &self.name.path(), errno);
+        remove_stale(&directory, self.name.namespace).map_err(failed)?;
+        write(&directory, &self.name, self.text.as_bytes()).map_err(failed)
+    }
+}
+
+/// Returns the recorded options of a mount, or `None` if the mount has no record.
+pub(crate) fn find(mount: impl AsFd) -> Result<Option<MountOptions>, RecordError> {
+    let name = RecordName::of(mount, Operation::ReadRecord)?;
+    let path = name.path();
+    let failed = |errno| failed(Operation::ReadRecord, &path, errno);
+    let Some(directory) = open_directory(Operation::ReadRecord)? else { return Ok(None) };
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = match openat(&directory, name.text(), flags, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(None),
+        file => file.map_err(failed)?,
+    };
+    let stat = fstat(&file).map_err(failed)?;
+    if !FileType::from_raw_mode(stat.st_mode).is_file() || !is_of_root_alone(&stat) {
+        return Err(RecordError::new(path, RecordProblem::Untrusted));
+    }
+    let mut text = vec![0; usize::try_from(stat.st_size).unwrap_or(TOO_LARGE).min(TOO_LARGE)];
+    let length = read_at(&file, &mut text, 0).map_err(failed)?;
+    text.truncate(length);
+    let options = MountOptions::parse(OsString::from_vec(text));
+    options.map(Some).map_err(|_| RecordError::new(path, RecordProblem::Damaged))
+}
+
+/// The name of a record.
+#[derive(Debug)]
+struct RecordName {
+    /// The inode of the mount namespace, or 0 without /proc.
+    namespace: u64,
+    mount: u64,
+}
+
+impl RecordName {
+    fn of(mount: impl AsFd, operation: Operation) -> Result<RecordName, RecordError> {
+        let mask = StatxFlags::from_bits_retain(MNT_ID_UNIQUE);
+        let statx = statx(mount, "", AtFlags::EMPTY_PATH, mask)
+            .map_err(|errno| failed(operation, Path::new(DIRECTORY), errno))?;
+        if statx.stx_mask & MNT_ID_UNIQUE == 0 {
+            return Err(RecordError::new(DIRECTORY, RecordProblem::NoUniqueId));
+        }
+        // The namespace only separates the stale records of namespaces that share /run. So a forged /proc
+        // does no harm.
+        let namespace = stat("/proc/thread-self/ns/mnt").map_or(0, |stat| stat.st_ino);
+        Ok(RecordName { namespace, mount: statx.stx_mnt_id })
+    }
+
+    fn text(&self) -> String {
+        format!("{}-{}", self.namespace, self.mount)
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new(DIRECTORY).join(self.text())
+    }
+}
+
+/// Returns the namespace and the mount of a record's file name, also of a file that is being written.
+fn parse_name(name: &[u8]) -> Option<(u64, u64)> {
+    let name = std::str::from_utf8(name).ok()?;
+    let (namespace, mount) = name.strip_suffix(NEW).unwrap_or(name).split_once('-')?;
+    Some((namespace.parse().ok()?, mount.parse().ok()?))
+}
+
+/// The end of the name of a file that is being written.
+const NEW: &str = ".new";
+
+fn failed(operation: Operation, path: &Path, errno: Errno) -> RecordError {
+    let problem = KernelError::new(operation, errno).on(path);
+    RecordError::new(path, RecordProblem::Kernel(Box::new(problem)))
+}
+
+fn is_of_root_alone(stat: &Stat) -> bool {
+    stat.st_uid == 0 && stat.st_mode & 0o022 == 0
+}
+
+/// Opens the directory of the records. Returns `None` if it does not exist.
+fn open_directory(operation: Operation) -> Result<Option<OwnedFd>, RecordError> {
+    let path = Path::new(DIRECTORY);
+    let failed = |errno| failed(operation, path, errno);
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory = match openat(CWD, path, flags, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(None),
+        directory => directory.map_err(failed)?,
+    };
+    match is_of_root_alone(&fstat(&directory).map_err(failed)?) {
+        true => Ok(Some(directory)),
+        false => Err(RecordError::new(path, RecordProblem::Untrusted)),
+    }
+}
+
+fn make_directory() -> Result<OwnedFd, RecordError> {
+    let failed = |errno| failed(Operation::WriteRecord, Path::new(DIRECTORY), errno);
+    if let Some(directory) = open_directory(Operation::WriteRecord)? {
+        return Ok(directory);
+    }
+    match mkdirat(CWD, DIRECTORY, Mode::RWXU) {
+        // Another mount made the directory.
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(errno) => return Err(failed(errno)),
+    }
+    open_directory(Operation::WriteRecord)?.ok_or_else(|| failed(Errno::NOENT))
+}
+
+/// Removes the records of mounts that this mount namespace does not have any more.
+fn remove_stale(directory: &OwnedFd, namespace: u64) -> Result<(), Errno> {
+    for entry in Dir::read_from(directory)? {
+        let entry = entry?;
+        match parse_name(entry.file_name().to_bytes()) {
+            Some((of, mount)) if of == namespace && namespace != 0 => {
+                if sealmount_sys::statmount_exists(mount) == Err(Errno::NOENT) {
+                    // Another process may have removed the record.
+                    let _ = unlinkat(directory, entry.file_name(), AtFlags::empty());
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Writes a record whole: a reader never sees a part of a record.
+fn write(directory: &OwnedFd, name: &RecordName, text: &[u8]) -> Result<(), Errno> {
+    let (name, new) = (name.text(), name.text() + NEW);
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let file = openat(directory, &new, flags, Mode::RUSR | Mode::WUSR)?;
+    let result = match retry_on_intr(|| rustix::io::write(&file, text)) {
+        Ok(length) if length == text.len() => renameat(directory, &new, directory, &name),
+        // A file system in memory writes less only if it is full.
+        Ok(_) => Err(Errno::NOSPC),
+        Err(errno) => Err(errno),
+    };
+    if result.is_err() {
+        let _ = unlinkat(directory, &new, AtFlags::empty());
+    }
+    result
+}
+
+/// The reason why the options of a mount are not recorded, or not read.
+#[derive(Debug)]
+pub struct RecordError {
+    path: PathBuf,
+    problem: RecordProblem,
+}
+
+/// The problem of a [`RecordError`].
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum RecordProblem {
+    /// The kernel has no unique IDs of mounts (Linux 6.8), so a record could describe a later mount.
+    NoUniqueId,
+    /// The record or its directory does not belong to root, or other users can write to it.
+    Untrusted,
+    /// The record is not the text of options.
+    Damaged,
+    /// A system call failed.
+    Kernel(Box<KernelError>),
+}
+
+impl RecordError {
+    fn new(path: impl Into<PathBuf>, problem: RecordProblem) -> RecordError {
+        RecordError { path: path.into(), problem }
+    }
+
+    /// Returns the record, or the directory of the records.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns the reason.
+    pub fn problem(&self) -> &RecordProblem {
+        &self.problem
+    }
+
+    /// Returns the failed system call, if the error is one.
+    pub fn kernel(&self) -> Option<&KernelError> {
+        match &self.problem {
+            RecordProblem::Kernel(error) => Some(error),
+            _ => None,
+        }
+    }
+
+    /// Returns the category of the error, for the decision of a program.
+    pub fn kind(&self) -> ErrorKind {
+        match &self.problem {
+            RecordProblem::NoUniqueId => ErrorKind::Unsupported,
+            RecordProblem::Untrusted => ErrorKind::PermissionDenied,
+            RecordProblem::Damaged => ErrorKind::Io,
+            RecordProblem::Kernel(error) => error.kind(),
+        }
+    }
+
+    /// Returns an instruction for a person, if one is known.
+    pub fn hint(&self) -> Option<Hint> {
+        match &self.problem {
+            RecordProblem::NoUniqueId => Some(Hint::new("use Linux 6.8 or later")),
+            RecordProblem::Untrusted => {
+                Some(Hint::new("remove it, and find out which program made it"))
+            }
+            RecordProblem::Damaged => None,
+            RecordProblem::Kernel(error) => error.hint(),
+        }
+    }
+}
+
+impl std::fmt::Display for RecordError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let path = shown(&self.path);
+        match &self.problem {
+            RecordProblem::NoUniqueId => {
+                write!(f, "{path}: cannot record options: unique IDs of mounts need Linux 6.8")
+            }
+            RecordProblem::Untrusted => {
+                write!(f, "{path}: cannot use the record: users other than root can change it")
+            }
+            RecordProblem::Damaged => {
+                write!(f, "{path}: cannot use the record: the content is damaged")
+            }
+            RecordProblem::Kernel(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for RecordError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        std::error::Error::source(self.kernel()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn name_of_record_keeps_namespace_and_mount(namespace: u64, mount: u64) {
+            let name = RecordName { namespace, mount }.text();
+            prop_assert_eq!(parse_name(name.as_bytes()), Some((namespace, mount)));
+            let new = name + NEW;
+            prop_assert_eq!(parse_name(new.as_bytes()), Some((namespace, mount)));
+        }
+
+        #[test]
+        fn any_file_name_parses_without_panic(name: Vec<u8>) {
+            parse_name(&name);
+        }
+    }
+
+    #[test]
+    fn record_keeps_hidden_options_alone() {
+        let text = "basedir=/a:/b,digest=9ddad2ef1b11a869370e222a70507d0c94ab025fdb2f62e8bd15b9345fb5f5c1,\
+                    copy=ramfs,size=25%,idmap=/proc/1/ns/user";
+        let given = MountOptions::parse(format!("{text},ro,nosuid,verity")).unwrap();
+        let recorded = MountOptions::parse(given.recorded().to_text()).unwrap();
+        assert_eq!(recorded, MountOptions::parse(text).unwrap());
+    }
+}
