@@ -203,14 +203,14 @@ fn make_directory() -> Result<OwnedFd, RecordError> {
 fn remove_stale(directory: &OwnedFd, namespace: u64) -> Result<(), Errno> {
     for entry in Dir::read_from(directory)? {
         let entry = entry?;
-        match parse_name(entry.file_name().to_bytes()) {
-            Some((of, mount)) if of == namespace && namespace != 0 => {
-                if sealmount_sys::statmount_exists(mount) == Err(Errno::NOENT) {
-                    // Another process may have removed the record.
-                    let _ = unlinkat(directory, entry.file_name(), AtFlags::empty());
-                }
-            }
-            _ => {}
+        let is_stale = parse_name(entry.file_name().to_bytes()).is_some_and(|(of, mount)| {
+            of == namespace
+                && namespace != 0
+                && sealmount_sys::statmount_exists(mount) == Err(Errno::NOENT)
+        });
+        if is_stale {
+            // Another process may have removed the record.
+            let _ = unlinkat(directory, entry.file_name(), AtFlags::empty());
         }
     }
     Ok(())

@@ -460,19 +460,8 @@ fn namespace_option_mounts_in_other_namespace() {
     other.wait().unwrap();
 }
 
-/// Installs the helper as /sbin/mount.composefs, in the mount namespace of the sandbox.
 fn install(sandbox: &Sandbox) {
-    let (upper, work) = (sandbox.directory("sbin"), sandbox.directory("sbin.work"));
-    let helper = upper.join("mount.composefs");
-    fs::copy(env!("CARGO_BIN_EXE_mount-composefs"), &helper).unwrap();
-    let sbin = fs::canonicalize("/sbin").unwrap();
-    let options = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        sbin.display(),
-        upper.display(),
-        work.display(),
-    );
-    run("mount", ["-t", "overlay", "-o", &options, "overlay", sbin.to_str().unwrap()]);
+    sandbox.install_helper(env!("CARGO_BIN_EXE_mount-composefs").as_ref());
 }
 
 fn findmnt(mount_point: &Path, column: &str) -> String {

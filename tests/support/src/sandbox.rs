@@ -54,6 +54,20 @@ impl Sandbox {
         path
     }
 
+    /// Installs the mount helper as /sbin/mount.composefs, in the mount namespace of the sandbox.
+    pub fn install_helper(&self, helper: &Path) {
+        let (upper, work) = (self.directory("sbin"), self.directory("sbin.work"));
+        fs::copy(helper, upper.join("mount.composefs")).unwrap();
+        let sbin = fs::canonicalize("/sbin").unwrap();
+        let options = format!(
+            "lowerdir={},upperdir={},workdir={}",
+            sbin.display(),
+            upper.display(),
+            work.display(),
+        );
+        run("mount", ["-t", "overlay", "-o", &options, "overlay", sbin.to_str().unwrap()]);
+    }
+
     /// Makes a directory and mounts a new tmpfs there.
     pub fn tmpfs(&self, name: &str) -> PathBuf {
         let path = self.directory(name);
