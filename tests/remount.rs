@@ -73,7 +73,7 @@ impl Mounted {
         assert_eq!(mount_at(&self.mnt), before, "{options}");
     }
 
-    /// Returns the flags that the kernel shows, those of the mount before the superblock's.
+    /// Returns the flags that the kernel shows for the mount, then the flags of the superblock.
     fn flags(&self) -> String {
         let options = mount_at(&self.mnt).unwrap().options;
         let flags: Vec<_> = options.into_iter().filter(|option| !option.contains('=')).collect();

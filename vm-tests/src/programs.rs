@@ -2,7 +2,7 @@
 
 use crate::{Context, Error};
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// The needed programs, each with its Debian package. The list does not depend on settings, so no later
@@ -19,6 +19,9 @@ const NEEDED: &[(&str, &str)] = &[
     ("zstd", "zstd"),
     ("setpriv", "util-linux"),
     ("timeout", "coreutils"),
+    ("mount", "mount"),
+    ("ldd", "libc-bin"),
+    ("systemctl", "systemd"),
 ];
 pub const NEEDED_TO_FETCH: &[(&str, &str)] =
     &[("apt-get", "apt"), ("apt-cache", "apt"), ("dpkg-deb", "dpkg")];
@@ -57,6 +60,14 @@ fn find(program: &str) -> Option<PathBuf> {
 /// Returns a command for a program in PATH or in a directory of system programs.
 pub fn command(program: &str) -> Command {
     Command::new(find(program).unwrap_or_else(|| program.into()))
+}
+
+/// Returns the paths of the shared libraries of a program, and of its loader.
+pub fn libraries(program: &Path) -> Result<Vec<PathBuf>, Error> {
+    let text = String::from_utf8(output(command("ldd").arg(program))?)?;
+    // A line has a name, maybe an arrow and a path, and an address.
+    let paths = text.split_whitespace().filter(|word| word.starts_with('/'));
+    Ok(paths.map(PathBuf::from).collect())
 }
 
 /// Runs a command and returns its standard output. An error contains the standard error output.

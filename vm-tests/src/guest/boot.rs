@@ -39,30 +39,13 @@ pub const SCENARIOS: &[Scenario] = &[
 pub static BOOTS: Machine = Machine {
     name: "boot",
     modules: &["virtio_pci", "virtio_blk", "loop", "erofs", "overlay", "ext4"],
-    files: |binaries, root| {
-        fs::write(root.join(&IMAGE[1..]), self::root(binaries)?.image)?;
-        fs::create_dir(root.join("run"))?;
-        fs::create_dir(root.join("sysroot"))?;
-        binaries.install("sealmount", "mount-composefs", &root.join(&HELPER[1..]))?;
-        binaries.install("vm-tests", "boot-init", &root.join("sbin/boot-init"))
-    },
+    files: |binaries, initramfs| root(binaries)?.fill_initramfs(binaries, initramfs),
     disks: &[
         Disk {
             name: OBJECTS,
             format: Format::Ext4Verity,
             size_mib: 64,
-            fill: |binaries, disk| {
-                let root = self::root(binaries)?;
-                for content in [root.init, root.data] {
-                    let digest = Digest::of_bytes(Algorithm::Sha256, &content);
-                    let object = disk.join("objects").join(object_path(&digest));
-                    fs::create_dir_all(
-                        object.parent().ok_or("the path of an object has no directory")?,
-                    )?;
-                    fs::write(object, content)?;
-                }
-                Ok(())
-            },
+            fill: |binaries, disk| root(binaries)?.fill_disk(disk),
         },
         // A disk for other scenarios that run after the boot.
         Disk { name: AFTER_BOOT, format: Format::Ext4, size_mib: 64, fill: fixtures::fill },
@@ -107,29 +90,57 @@ const IMAGE_BLOCKS: usize = 4096;
 const IMAGE_KIB: u64 = 4 * IMAGE_BLOCKS as u64;
 
 /// The file system of the machine after its first stage.
-struct Root {
-    init: Vec<u8>,
-    data: Vec<u8>,
+pub struct Root {
+    objects: Vec<Vec<u8>>,
     image: Vec<u8>,
-    digest: Digest,
+    pub digest: Digest,
 }
 
 const DIRECTORIES: [&str; 8] = ["dev", "mnt", "proc", "run", "sbin", "sys", "tmp", "usr"];
 
 fn root(binaries: &Binaries) -> Result<Root, Error> {
-    let init = fs::read(binaries.get("vm-tests", "vm-init")?)?;
-    let data = data();
-    let mut tree = BTreeMap::from([
-        (String::new(), Node::Directory),
-        (format!("mnt/{OBJECTS}"), Node::Directory),
-        (format!("mnt/{AFTER_BOOT}"), Node::Directory),
-        ("sbin/init".to_owned(), Node::file(0o755, &init)),
-        ("usr/data".to_owned(), Node::file(0o644, &data)),
-    ]);
-    tree.extend(DIRECTORIES.map(|path| (path.to_owned(), Node::Directory)));
-    let image = image(tree, IMAGE_BLOCKS);
-    let digest = Digest::of_bytes(Algorithm::Sha256, &image);
-    Ok(Root { init, data, image, digest })
+    Root::new(binaries, vec![("usr/data".to_owned(), 0o644, data())])
+}
+
+impl Root {
+    /// Makes a root with vm-init and these files: path, mode and content.
+    pub fn new(binaries: &Binaries, mut files: Vec<(String, u16, Vec<u8>)>) -> Result<Root, Error> {
+        let init = fs::read(binaries.get("vm-tests", "vm-init")?)?;
+        files.push(("sbin/init".to_owned(), 0o755, init));
+        let directories = ["", &format!("mnt/{OBJECTS}"), &format!("mnt/{AFTER_BOOT}")]
+            .map(|path| (path.to_owned(), Node::Directory));
+        let mut tree = BTreeMap::from(directories);
+        tree.extend(DIRECTORIES.map(|path| (path.to_owned(), Node::Directory)));
+        for (path, mode, content) in &files {
+            let parents = Path::new(path).ancestors().skip(1);
+            tree.extend(parents.map(|path| (path.display().to_string(), Node::Directory)));
+            tree.insert(path.clone(), Node::file(*mode, content));
+        }
+        let image = image(tree, IMAGE_BLOCKS);
+        let digest = Digest::of_bytes(Algorithm::Sha256, &image);
+        let objects = files.into_iter().map(|(_, _, content)| content).collect();
+        Ok(Root { objects, image, digest })
+    }
+
+    /// Fills an initramfs with the image and the first stage.
+    pub fn fill_initramfs(&self, binaries: &Binaries, initramfs: &Path) -> Result<(), Error> {
+        fs::write(initramfs.join(&IMAGE[1..]), &self.image)?;
+        fs::create_dir(initramfs.join("run"))?;
+        fs::create_dir(initramfs.join("sysroot"))?;
+        binaries.install("sealmount", "mount-composefs", &initramfs.join(&HELPER[1..]))?;
+        binaries.install("vm-tests", "boot-init", &initramfs.join("sbin/boot-init"))
+    }
+
+    /// Fills a disk with the objects.
+    pub fn fill_disk(&self, disk: &Path) -> Result<(), Error> {
+        for content in &self.objects {
+            let digest = Digest::of_bytes(Algorithm::Sha256, content);
+            let object = disk.join("objects").join(object_path(&digest));
+            fs::create_dir_all(object.parent().ok_or("the path of an object has no directory")?)?;
+            fs::write(object, content)?;
+        }
+        Ok(())
+    }
 }
 
 /// Returns content without two equal blocks.

@@ -32,6 +32,7 @@ mod nested;
 mod objects;
 mod parallel;
 mod probe;
+mod remount;
 mod scenarios;
 mod source_released;
 mod stacking;

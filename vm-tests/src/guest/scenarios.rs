@@ -2,7 +2,7 @@
 
 use super::{
     basics, boot, cgroup, copies, digest, fallbacks, fault_injection, missing, nested, objects,
-    parallel, probe, source_released, stacking, stages, swap, trees, verity,
+    parallel, probe, remount, source_released, stacking, stages, swap, trees, verity,
 };
 use crate::scenario::Scenario;
 
@@ -24,6 +24,7 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> + Clone {
         objects::SCENARIOS,
         nested::SCENARIOS,
         boot::SCENARIOS,
+        remount::SCENARIOS,
         parallel::SCENARIOS,
         missing::SCENARIOS,
         swap::SCENARIOS,
