@@ -114,6 +114,9 @@ const fn call(
     SystemCall { name, number, checked, listed }
 }
 
+/// Linux 6.8. The crate libc lacks the number.
+const STATMOUNT: i64 = 457;
+
 /// The errnos of a path lookup.
 const PATH: &[Errno] = &[EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EBADF, EOVERFLOW];
 
@@ -250,6 +253,25 @@ const CALLS: &[SystemCall] = &[
     ),
     call("read", libc::SYS_read, &[EIO, ENODATA], &[EBADF, EFAULT, EISDIR]),
     call("readlink", libc::SYS_readlink, &[ENOENT], PATH),
+    call(
+        "renameat",
+        libc::SYS_renameat,
+        &[],
+        &[
+            EDQUOT,
+            EEXIST,
+            EFAULT,
+            EISDIR,
+            EMLINK,
+            ENAMETOOLONG,
+            ENOENT,
+            ENOTDIR,
+            ENOTEMPTY,
+            EROFS,
+            EXDEV,
+            EBADF,
+        ],
+    ),
     call("rseq", libc::SYS_rseq, &[], &[EFAULT]),
     call("rt_sigaction", libc::SYS_rt_sigaction, &[], &[EFAULT]),
     call("rt_sigprocmask", libc::SYS_rt_sigprocmask, &[], &[EFAULT]),
@@ -261,8 +283,16 @@ const CALLS: &[SystemCall] = &[
     call("setns", libc::SYS_setns, &[], &[EBADF, ESRCH, EUSERS]),
     call("sigaltstack", libc::SYS_sigaltstack, &[], &[EFAULT]),
     call("statfs", libc::SYS_statfs, &[], PATH),
+    // ENOENT: the mount of a record is gone.
+    call("statmount", STATMOUNT, &[ENOENT], &[EFAULT, EOVERFLOW]),
     call("statx", libc::SYS_statx, &[ENOSYS], PATH),
     call("sysinfo", libc::SYS_sysinfo, &[], &[EFAULT]),
+    call(
+        "unlinkat",
+        libc::SYS_unlinkat,
+        &[],
+        &[EFAULT, EISDIR, ENAMETOOLONG, ENOENT, ENOTDIR, EROFS, EBADF],
+    ),
     call("unshare", libc::SYS_unshare, &[], &[EUSERS]),
     call(
         "utimensat",

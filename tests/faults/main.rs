@@ -84,11 +84,13 @@ fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
     let arguments = (scenario.arguments)(&place);
     let mut witness = Witness::new(scenario, &place);
     // The first mount of a new upper layer shows other options, so the recorded run is the second.
+    witness.prepare();
     trace(&place, &arguments, &mut |call| scenario.answer(call).into());
     if mount_at(&place.mount_point()).is_some() {
         umount(&place.mount_point());
     }
     let mut record: Vec<Recorded> = Vec::new();
+    witness.prepare();
     let (end, stderr) = trace(&place, &arguments, &mut |call| {
         record.push(Recorded::new(call, &arguments, record.last()));
         scenario.answer(call).into()
@@ -106,6 +108,7 @@ fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
     for (recorded, fault) in faults(&record, scenario, &arguments[0], all) {
         let mut injected = 0;
         let mut is_measured = true;
+        witness.prepare();
         let (end, stderr) = trace(&place, &arguments, &mut |call| {
             if let Some(problem) = absolute_file(call) {
                 problems.push(format!("{}: {fault:?}: {problem}", scenario.name));
@@ -240,7 +243,10 @@ fn faults<'a>(
 fn absolute_file(call: &Call) -> Option<String> {
     let makes_name = match call.number {
         libc::SYS_openat => call.arguments[2] & libc::O_CREAT as u64 != 0,
-        libc::SYS_mkdirat | libc::SYS_mknodat => true,
+        libc::SYS_mkdirat | libc::SYS_mknodat => {
+            // The directory of the records, in the /run of the sandbox.
+            call.text(1).is_none_or(|path| path != "/run/sealmount")
+        }
         _ => false,
     };
     let path = makes_name.then(|| call.text(1)).flatten().filter(|path| path.starts_with('/'))?;

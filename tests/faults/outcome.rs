@@ -45,6 +45,8 @@ pub struct Witness<'a> {
     /// The mounts before the first run.
     mounts: Vec<Mount>,
     files: BTreeSet<String>,
+    /// The mount before each run, for a remount.
+    before: Option<Mount>,
     /// The mount of a run without a fault.
     whole: Option<Mount>,
 }
@@ -53,7 +55,36 @@ impl<'a> Witness<'a> {
     /// Makes a witness, before the first run.
     pub fn new(scenario: &'a Scenario, place: &'a Place) -> Witness<'a> {
         let mounts = mounts();
-        Witness { scenario, place, mounts, files: files(place), whole: None }
+        Witness { scenario, place, mounts, files: files(place), before: None, whole: None }
+    }
+
+    /// Makes the mount that the run changes.
+    pub fn prepare(&mut self) {
+        if self.scenario.outcome == Expected::Remount {
+            self.place.mount();
+            self.before = mount_at(&self.place.mount_point());
+        }
+    }
+
+    /// Returns the mount that the run made, or that has the flags of the run. Unmounts a mount that the run
+    /// left as it was.
+    fn result(&self, end: End) -> Result<Option<Mount>, String> {
+        let mount = mount_at(&self.place.mount_point());
+        if self.scenario.outcome != Expected::Remount {
+            return Ok(mount);
+        }
+        if mount.is_none() {
+            return Err("the mount is gone".into());
+        }
+        if mount == self.whole {
+            return Ok(mount);
+        }
+        umount(&self.place.mount_point());
+        // A signal may come between the two steps of a remount.
+        match mount == self.before || matches!(end, End::Killed(_)) {
+            true => Ok(None),
+            false => Err(format!("half remounted: {mount:?}")),
+        }
     }
 
     /// Stores the mount of the run without a fault, for the comparison with all other runs.
@@ -70,7 +101,7 @@ impl<'a> Witness<'a> {
         end: End,
         stderr: &str,
     ) -> Result<Outcome, String> {
-        let mount = mount_at(&self.place.mount_point());
+        let mount = self.result(end)?;
         let is_mounted = mount.is_some();
         let checked = mount.map(|mount| self.check_mount(&mount, fault, recorded));
         if is_mounted {
@@ -162,7 +193,7 @@ impl<'a> Witness<'a> {
         }
         let root = &mount.mount_point;
         let compared = catch_unwind(AssertUnwindSafe(|| match self.scenario.outcome {
-            Expected::Mount => assert_is_manifest(root),
+            Expected::Mount | Expected::Remount => assert_is_manifest(root),
             Expected::Idmapped => assert_is_manifest_mapped(root, 100_000),
             _ if !has_verity => assert_is_manifest(root),
             // The objects have no fs-verity, so only files within the image can be read.

@@ -11,7 +11,7 @@ use nix::libc;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use sealmount::{Algorithm, Digest};
 use test_support::tracer::{Action, Call};
-use test_support::{Sandbox, V1, V2, large_image, sandbox, user_namespace};
+use test_support::{Sandbox, V1, V2, large_image, mount_composefs, sandbox, user_namespace};
 
 /// A call of the helper.
 pub struct Scenario {
@@ -45,6 +45,8 @@ pub enum Expected {
     Measured,
     /// A mount of the tree, with `verity=require` if the kernel reports support for verity.
     TryVerity,
+    /// New flags for a mount that exists before the run.
+    Remount,
     /// No mount, with or without a fault.
     Failure,
 }
@@ -74,6 +76,14 @@ impl Place {
 
     pub fn mount_point(&self) -> PathBuf {
         self.sandbox.path("mnt")
+    }
+
+    /// Mounts for a remount. The options have a record.
+    pub fn mount(&self) {
+        let layers = format!("upperdir={},workdir={}", self.path("upper"), self.path("work"));
+        let arguments = self.v1_verified(&format!("copy,noexec,{layers}"));
+        let output = mount_composefs!(arguments);
+        assert!(output.status.success(), "{output:?}");
     }
 
     fn path(&self, name: &str) -> String {
@@ -208,6 +218,21 @@ pub const SCENARIOS: &[Scenario] = &[
         },
         kernel: None,
         outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "remount",
+        arguments: |place| {
+            let options = "remount,ro,nosuid,noatime,sync";
+            place.v1(&format!("{options},upperdir={}", place.path("upper")))
+        },
+        kernel: None,
+        outcome: Expected::Remount,
+    },
+    Scenario {
+        name: "remount with a record",
+        arguments: |place| place.v1_verified("remount,copy,nosuid"),
+        kernel: None,
+        outcome: Expected::Remount,
     },
     Scenario {
         name: "idmap",
