@@ -4,13 +4,14 @@
 //! never uses again. So a record cannot describe a later mount. docs/design.md has the alternatives.
 
 use std::ffi::OsString;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, StatxFlags, fstat, mkdirat, openat, renameat,
-    stat, statx, unlinkat,
+    AtFlags, CWD, FileType, Mode, OFlags, RawDir, Stat, StatxFlags, fstat, mkdirat, openat,
+    renameat, stat, statx, unlinkat,
 };
 use rustix::io::{Errno, retry_on_intr};
 
@@ -201,7 +202,9 @@ fn make_directory() -> Result<OwnedFd, RecordError> {
 
 /// Removes the records of mounts that this mount namespace does not have any more.
 fn remove_stale(directory: &OwnedFd, namespace: u64) -> Result<(), Errno> {
-    for entry in Dir::read_from(directory)? {
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let mut entries = RawDir::new(directory, &mut buffer);
+    while let Some(entry) = entries.next() {
         let entry = entry?;
         let is_stale = parse_name(entry.file_name().to_bytes()).is_some_and(|(of, mount)| {
             of == namespace
