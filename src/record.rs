@@ -1,9 +1,9 @@
 //! Records of the options that the kernel does not show: a file for each mount in /run/sealmount.
 //!
-//! The name of a file holds the mount namespace and the unique ID of the mount (Linux 6.8), which the kernel
-//! never uses again. So a record cannot describe a later mount. docs/design.md has the alternatives.
+//! The name of a file holds the unique ID of the mount (Linux 6.8), which the kernel never uses again. So a
+//! record cannot describe a later mount. docs/design.md has the alternatives.
 
-use std::ffi::OsString;
+use std::ffi::{CStr, OsString};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, OFlags, RawDir, Stat, StatxFlags, fstat, mkdirat, openat,
-    renameat, stat, statx, unlinkat,
+    renameat, statx, unlinkat,
 };
 use rustix::io::{Errno, retry_on_intr};
 
@@ -95,7 +95,7 @@ impl MountRecord {
     pub fn write(&self) -> Result<(), RecordError> {
         let directory = make_directory()?;
         let failed = |errno| failed(Operation::WriteRecord, &self.name.path(), errno);
-        remove_stale(&directory, self.name.namespace).map_err(failed)?;
+        remove_stale(&directory, self.name.root).map_err(failed)?;
         write(&directory, &self.name, self.text.as_bytes()).map_err(failed)
     }
 }
@@ -106,11 +106,17 @@ pub(crate) fn find(mount: impl AsFd) -> Result<Option<MountOptions>, RecordError
     let path = name.path();
     let failed = |errno| failed(Operation::ReadRecord, &path, errno);
     let Some(directory) = open_directory(Operation::ReadRecord)? else { return Ok(None) };
+    // The root may have been another mount when the record was written, as in an initramfs.
+    let mut found = None;
+    for_each_record(&directory, |file_name, record, is_new| {
+        if record.mount == name.mount && !is_new {
+            found = Some(file_name.to_owned());
+        }
+    })
+    .map_err(failed)?;
+    let Some(file_name) = found else { return Ok(None) };
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = match openat(&directory, name.text(), flags, Mode::empty()) {
-        Err(Errno::NOENT) => return Ok(None),
-        file => file.map_err(failed)?,
-    };
+    let file = openat(&directory, &file_name, flags, Mode::empty()).map_err(failed)?;
     let stat = fstat(&file).map_err(failed)?;
     if !FileType::from_raw_mode(stat.st_mode).is_file() || !is_of_root_alone(&stat) {
         return Err(RecordError::new(path, RecordProblem::Untrusted));
@@ -123,29 +129,23 @@ pub(crate) fn find(mount: impl AsFd) -> Result<Option<MountOptions>, RecordError
 }
 
 /// The name of a record.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 struct RecordName {
-    /// The inode of the mount namespace, or 0 without /proc.
-    namespace: u64,
+    /// The ID of the mount that was the root of the writer. It only tells the mount namespaces apart that share
+    /// /run: a mount of another namespace is not stale.
+    root: u64,
     mount: u64,
 }
 
 impl RecordName {
     fn of(mount: impl AsFd, operation: Operation) -> Result<RecordName, RecordError> {
-        let mask = StatxFlags::from_bits_retain(MNT_ID_UNIQUE);
-        let statx = statx(mount, "", AtFlags::EMPTY_PATH, mask)
-            .map_err(|errno| failed(operation, Path::new(DIRECTORY), errno))?;
-        if statx.stx_mask & MNT_ID_UNIQUE == 0 {
-            return Err(RecordError::new(DIRECTORY, RecordProblem::NoUniqueId));
-        }
-        // The namespace only separates the stale records of namespaces that share /run. So a forged /proc
-        // does no harm.
-        let namespace = stat("/proc/thread-self/ns/mnt").map_or(0, |stat| stat.st_ino);
-        Ok(RecordName { namespace, mount: statx.stx_mnt_id })
+        let root = unique_id(CWD, "/", AtFlags::empty(), operation)?;
+        let mount = unique_id(mount, "", AtFlags::EMPTY_PATH, operation)?;
+        Ok(RecordName { root, mount })
     }
 
     fn text(&self) -> String {
-        format!("{}-{}", self.namespace, self.mount)
+        format!("{}-{}", self.root, self.mount)
     }
 
     fn path(&self) -> PathBuf {
@@ -153,11 +153,29 @@ impl RecordName {
     }
 }
 
-/// Returns the namespace and the mount of a record's file name, also of a file that is being written.
-fn parse_name(name: &[u8]) -> Option<(u64, u64)> {
+/// Returns the unique ID of the mount of a file.
+fn unique_id(
+    directory: impl AsFd,
+    path: &str,
+    flags: AtFlags,
+    operation: Operation,
+) -> Result<u64, RecordError> {
+    let statx = statx(directory, path, flags, StatxFlags::from_bits_retain(MNT_ID_UNIQUE))
+        .map_err(|errno| failed(operation, Path::new(DIRECTORY), errno))?;
+    match statx.stx_mask & MNT_ID_UNIQUE {
+        // Linux < 6.8
+        0 => Err(RecordError::new(DIRECTORY, RecordProblem::NoUniqueId)),
+        _ => Ok(statx.stx_mnt_id),
+    }
+}
+
+/// Parses the file name of a record. Returns whether the record is being written.
+fn parse_name(name: &[u8]) -> Option<(RecordName, bool)> {
     let name = std::str::from_utf8(name).ok()?;
-    let (namespace, mount) = name.strip_suffix(NEW).unwrap_or(name).split_once('-')?;
-    Some((namespace.parse().ok()?, mount.parse().ok()?))
+    let whole = name.strip_suffix(NEW);
+    let (root, mount) = whole.unwrap_or(name).split_once('-')?;
+    let record = RecordName { root: root.parse().ok()?, mount: mount.parse().ok()? };
+    Some((record, whole.is_some()))
 }
 
 /// The end of the name of a file that is being written.
@@ -200,23 +218,31 @@ fn make_directory() -> Result<OwnedFd, RecordError> {
     open_directory(Operation::WriteRecord)?.ok_or_else(|| failed(Errno::NOENT))
 }
 
-/// Removes the records of mounts that this mount namespace does not have any more.
-fn remove_stale(directory: &OwnedFd, namespace: u64) -> Result<(), Errno> {
+/// Calls `visit` with the file name of each record, its parsed name, and whether it is being written.
+fn for_each_record(
+    directory: &OwnedFd,
+    mut visit: impl FnMut(&CStr, RecordName, bool),
+) -> Result<(), Errno> {
     let mut buffer = [MaybeUninit::uninit(); 4096];
     let mut entries = RawDir::new(directory, &mut buffer);
     while let Some(entry) = entries.next() {
         let entry = entry?;
-        let is_stale = parse_name(entry.file_name().to_bytes()).is_some_and(|(of, mount)| {
-            of == namespace
-                && namespace != 0
-                && sealmount_sys::statmount_exists(mount) == Err(Errno::NOENT)
-        });
-        if is_stale {
-            // Another process may have removed the record.
-            let _ = unlinkat(directory, entry.file_name(), AtFlags::empty());
+        if let Some((record, is_new)) = parse_name(entry.file_name().to_bytes()) {
+            visit(entry.file_name(), record, is_new);
         }
     }
     Ok(())
+}
+
+/// Removes the records of mounts that the mount namespace of this root does not have any more.
+fn remove_stale(directory: &OwnedFd, root: u64) -> Result<(), Errno> {
+    for_each_record(directory, |file_name, record, _| {
+        if record.root == root && sealmount_sys::statmount_exists(record.mount) == Err(Errno::NOENT)
+        {
+            // Another process may have removed the record.
+            let _ = unlinkat(directory, file_name, AtFlags::empty());
+        }
+    })
 }
 
 /// Writes a record whole: a reader never sees a part of a record.
@@ -335,11 +361,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn name_of_record_keeps_namespace_and_mount(namespace: u64, mount: u64) {
-            let name = RecordName { namespace, mount }.text();
-            prop_assert_eq!(parse_name(name.as_bytes()), Some((namespace, mount)));
+        fn name_of_record_keeps_root_and_mount(root: u64, mount: u64) {
+            let name = RecordName { root, mount }.text();
+            let parsed = |is_new| Some((RecordName { root, mount }, is_new));
+            prop_assert_eq!(parse_name(name.as_bytes()), parsed(false));
             let new = name + NEW;
-            prop_assert_eq!(parse_name(new.as_bytes()), Some((namespace, mount)));
+            prop_assert_eq!(parse_name(new.as_bytes()), parsed(true));
         }
 
         #[test]
