@@ -1,6 +1,7 @@
 //! A finished mount, and the directories that it is attached to.
 
 use std::fmt;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -43,6 +44,8 @@ impl Overlay {
     /// Mounts the overlay on an image, without attaching it anywhere. The caller keeps the EROFS mount, and
     /// can mount other overlays on it.
     ///
+    /// [`OverlayOptions::check`](crate::OverlayOptions::check) is done first.
+    ///
     /// An upper layer belongs to one mount at a time. overlayfs does not reject a second mount with this
     /// layer: it writes a warning to dmesg, and the changes of both mounts mix.
     ///
@@ -50,7 +53,9 @@ impl Overlay {
     ///
     /// [`OverlayError`]
     pub fn mount(&self, image: &ErofsMount) -> Result<DetachedMount, OverlayError> {
-        let (mount, overlay) = self.mount_noting(ImageLayer::Borrowed(image), &mut Vec::new())?;
+        let check = self.check_before_mount(image, &mut |_| ControlFlow::Continue(()))?;
+        let layer = ImageLayer::Borrowed(image);
+        let (mount, overlay) = self.mount_noting(layer, check, &mut Vec::new())?;
         let (source, erofs) = (image.source().report().clone(), image.report().clone());
         Ok(DetachedMount::new(mount, MountReport { source, erofs, overlay: Some(overlay) }))
     }

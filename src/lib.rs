@@ -111,6 +111,7 @@ mod image;
 mod kernel;
 mod location;
 mod mount;
+mod objects;
 mod options;
 mod overlay;
 mod source;
@@ -130,6 +131,10 @@ pub use event::{Event, Method};
 pub use image::{Compression, Format, Header, Image, ImageError, ImageProblem};
 pub use kernel::{ErrorKind, Hint, KernelError, Operation, Unsupported};
 pub use location::{DirectoryError, DirectoryRole, Location};
+pub use objects::{
+    CheckProgress, CheckReport, ImageObject, ObjectCheck, ObjectFailure, ObjectProblem,
+    ObjectProblemKind, Objects, ObjectsError,
+};
 pub use options::{MountOptions, OptionsError, Sloppy};
 pub use overlay::{
     Atime, LayerMethod, MountAttributes, ObjectVerity, Overlay, OverlayError, OverlayOptions,

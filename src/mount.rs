@@ -70,8 +70,13 @@ impl MountOptions {
 
         let (source_report, erofs_report) =
             (erofs.source().report().clone(), erofs.report().clone());
+        let mut progress = |progress| (events.0)(Event::Checking(progress));
+        let check = overlay.check_before_mount(&erofs, &mut progress)?;
+        if let Some(report) = &check {
+            events.send(Event::ObjectsChecked(report.clone()))?;
+        }
         let mut unsupported = Vec::new();
-        let result = overlay.mount_noting(ImageLayer::Owned(erofs), &mut unsupported);
+        let result = overlay.mount_noting(ImageLayer::Owned(erofs), check, &mut unsupported);
         events.send_unsupported(unsupported, Method::Layers)?;
         let (mount, overlay) = result?;
         events.send(Event::MethodUsed { method: Method::Layers(overlay.method) })?;

@@ -110,6 +110,8 @@ impl KernelError {
                 Operation::CreateSuperblock,
                 Errno::INVAL | Errno::UCLEAN | Errno::OPNOTSUPP | Errno::BADMSG,
             ) if self.file_system == Some("erofs") => ErrorKind::NotAnImage,
+            // EROFS fails with EUCLEAN (EFSCORRUPTED) for a damaged inode, directory or xattr.
+            (Operation::ListObjects, Errno::UCLEAN | Errno::OPNOTSUPP) => ErrorKind::NotAnImage,
             _ => ErrorKind::Io,
         }
     }
@@ -244,6 +246,12 @@ pub enum Operation {
     /// open(2) and getdents(2) in an object directory.
     #[error("sample the objects")]
     SampleObjects,
+    /// open(2), getdents(2), stat(2) and getxattr(2) of the directories and files of a mounted image.
+    #[error("list the objects of the image")]
+    ListObjects,
+    /// open(2), stat(2) and pread(2) of an object.
+    #[error("read the object")]
+    ReadObject,
     /// fstat(2) or statx(2) of a directory that becomes a layer.
     #[error("stat the directory")]
     StatDirectory,
@@ -339,7 +347,10 @@ impl Operation {
             Operation::EnterNamespace => {
                 Some("run as root (CAP_SYS_ADMIN and CAP_SYS_CHROOT) to enter a mount namespace")
             }
-            Operation::ReadImage | Operation::MeasureVerity | Operation::SampleObjects => Some(
+            Operation::ReadImage
+            | Operation::MeasureVerity
+            | Operation::SampleObjects
+            | Operation::ReadObject => Some(
                 "check the permissions of the files; if you are root, a security module or a seccomp \
                  filter denied the call",
             ),

@@ -6,6 +6,7 @@ use crate::digest::VerityUnavailable;
 use crate::erofs::ErofsError;
 use crate::kernel::{ErrorKind, Hint, KernelError};
 use crate::location::{DirectoryError, DirectoryRole};
+use crate::objects::{CheckReport, ObjectsError};
 use crate::util::text::shown;
 
 /// The reason why an overlay cannot be mounted.
@@ -66,6 +67,25 @@ pub enum OverlayError {
     #[error("overlayfs: cannot enforce verity: verity=require needs Linux 6.6")]
     VerityUnsupported,
 
+    /// Objects of the image fail the check that the options request.
+    #[error(
+        "{}: cannot use the objects: {} of {} objects failed the check",
+        shown(image),
+        report.failed,
+        report.objects
+    )]
+    #[non_exhaustive]
+    ObjectsDamaged {
+        /// The path of the image.
+        image: PathBuf,
+        /// The report, which names the first objects that fail.
+        report: Box<CheckReport>,
+    },
+
+    /// The objects of the image cannot be listed.
+    #[error(transparent)]
+    Objects(#[from] ObjectsError),
+
     /// The EROFS mount cannot be cloned for the overlay.
     #[error(transparent)]
     Erofs(#[from] ErofsError),
@@ -79,8 +99,17 @@ impl OverlayError {
     /// Returns the failed system call, if the error is one.
     pub fn kernel(&self) -> Option<&KernelError> {
         match self {
+            OverlayError::Objects(error) => error.kernel(),
             OverlayError::Erofs(error) => error.kernel(),
             OverlayError::Kernel(error) => Some(error),
+            _ => None,
+        }
+    }
+
+    /// Returns the report of the check, if objects fail it.
+    pub fn check_report(&self) -> Option<&CheckReport> {
+        match self {
+            OverlayError::ObjectsDamaged { report, .. } => Some(report),
             _ => None,
         }
     }
@@ -90,6 +119,7 @@ impl OverlayError {
     pub fn raw_os_error(&self) -> Option<i32> {
         match self {
             OverlayError::Directory(error) => Some(error.raw_os_error()),
+            OverlayError::Objects(error) => error.raw_os_error(),
             OverlayError::Erofs(error) => error.raw_os_error(),
             _ => self.kernel().map(KernelError::raw_os_error),
         }
@@ -105,6 +135,8 @@ impl OverlayError {
             OverlayError::ObjectsVerityUnavailable { .. } | OverlayError::VerityUnsupported => {
                 ErrorKind::VerityUnavailable
             }
+            OverlayError::ObjectsDamaged { .. } => ErrorKind::ObjectsDamaged,
+            OverlayError::Objects(error) => error.kind(),
             OverlayError::Erofs(error) => error.kind(),
             OverlayError::Kernel(error) => error.kind(),
         }
@@ -137,6 +169,11 @@ impl OverlayError {
                 "set Verity::Try or Verity::Off to mount without checks of the objects",
                 "add verity=try or noverity to mount without checks of the objects",
             ),
+            OverlayError::ObjectsDamaged { .. } => Hint::of_types_or_options(
+                "get the named objects again, or set ObjectCheck::Off to mount without the check",
+                "get the named objects again, or add check=none to mount without the check",
+            ),
+            OverlayError::Objects(error) => return error.hint(),
             OverlayError::Erofs(error) => return error.hint(),
             OverlayError::Kernel(error) => return error.hint(),
             _ => return None,
