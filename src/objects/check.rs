@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::fstatfs;
@@ -27,7 +27,7 @@ use crate::objects::report::{
     CheckProgress, CheckReport, ObjectCheck, ObjectFailure, ObjectProblem,
 };
 use crate::objects::store::{Store, unreadable};
-use crate::objects::walk::{Entry, Pending, References, Tree};
+use crate::objects::walk::{Access, Entry, Pending, References, Tree};
 use crate::util::io::read_at;
 use crate::util::memory::threads_that_fit;
 use crate::util::threads::{Stop, run_parallel, useful_threads};
@@ -114,6 +114,14 @@ struct Queue {
     jobs: VecDeque<Vec<Job>>,
     /// The number of threads that read a directory, and may find more work.
     reading: usize,
+    /// The number of threads that wait for work.
+    waiting: usize,
+}
+
+impl Queue {
+    fn is_finished(&self) -> bool {
+        self.directories.is_empty() && self.jobs.is_empty() && self.reading == 0
+    }
 }
 
 /// The next work of a thread.
@@ -138,7 +146,10 @@ struct Shared<'a> {
     tree: Tree<'a>,
     threads: usize,
     queue: Mutex<Queue>,
+    /// There is work, or the work is finished.
     available: Condvar,
+    /// The work is finished.
+    finished: Condvar,
     stop: Stop,
     seen: Mutex<BTreeSet<ObjectKey>>,
     failures: Mutex<BTreeMap<ObjectKey, ObjectProblem>>,
@@ -160,6 +171,7 @@ impl<'a> Shared<'a> {
             threads: useful_threads(),
             queue: Mutex::new(queue),
             available: Condvar::new(),
+            finished: Condvar::new(),
             stop: Stop::default(),
             seen: Mutex::default(),
             failures: Mutex::default(),
@@ -176,20 +188,44 @@ impl<'a> Shared<'a> {
         ObjectsError::Cancelled { image: self.tree.image().to_owned() }
     }
 
+    /// Runs the check in new threads, each with a working directory of its own. The calling thread calls the
+    /// caller's callback. If no thread can be started, the calling thread does the work.
     fn run_threads(&self, tick: Tick) -> Result<(), ObjectsError> {
-        let own = Worker::new(self)?;
-        let mut helpers = Vec::new();
-        while helpers.len() + 1 < self.threads
-            && let Ok(helper) = Worker::new(self)
-        {
-            helpers.push(helper);
-        }
-        let fit = threads_that_fit(helpers.len()).map_err(|errno| self.no_memory(errno))?;
-        helpers.truncate(fit);
-        let helpers = helpers.into_iter().map(|worker| move || worker.run(&mut |_| Ok(())));
-        run_parallel(helpers, || own.run(tick))?;
+        let fit = threads_that_fit(self.threads).map_err(|errno| self.no_memory(errno))?;
+        let workers: Vec<_> = (0..fit).map_while(|_| Worker::new(self).ok()).collect();
+        let running = Arc::new(());
+        let helpers = workers.into_iter().map(|worker| {
+            let running = running.clone();
+            move || {
+                let result = worker.run_with_own_directory();
+                drop(running);
+                result
+            }
+        });
+        run_parallel(helpers, || {
+            let guard = self.stop.unless_finished();
+            while Arc::strong_count(&running) > 1 && !self.is_finished() {
+                tick(self)?;
+            }
+            if !self.is_finished() {
+                Worker::new(self)?.run(Access::ByDescriptor, tick)?;
+            }
+            guard.finished();
+            Ok(())
+        })?;
         // A thread that was stopped leaves work. The thread that stopped it panicked in the callback.
         if self.stop.is_set() { Err(self.cancelled()) } else { Ok(()) }
+    }
+
+    /// Returns whether no work is left, or the threads must stop. Waits a little.
+    fn is_finished(&self) -> bool {
+        let queue = lock(&self.queue);
+        if queue.is_finished() || self.stop.is_set() {
+            return true;
+        }
+        let (queue, _) =
+            self.finished.wait_timeout(queue, TICK).unwrap_or_else(PoisonError::into_inner);
+        queue.is_finished() || self.stop.is_set()
     }
 
     /// Returns the next work, or `None` if there is none and no thread can find more.
@@ -204,11 +240,16 @@ impl<'a> Shared<'a> {
             return Some(Work::Read(directory));
         }
         if queue.reading == 0 {
+            drop(queue);
             self.available.notify_all();
+            self.finished.notify_all();
             return None;
         }
-        // Also wakes to call the caller's callback, and to see whether the threads must stop.
-        drop(self.available.wait_timeout(queue, TICK));
+        // Also wakes to see whether the threads must stop.
+        queue.waiting += 1;
+        let (mut queue, _) =
+            self.available.wait_timeout(queue, TICK).unwrap_or_else(PoisonError::into_inner);
+        queue.waiting -= 1;
         Some(Work::Wait)
     }
 
@@ -216,8 +257,11 @@ impl<'a> Shared<'a> {
         let mut queue = lock(&self.queue);
         queue.reading -= 1;
         queue.directories.extend(subdirectories);
+        let is_awaited = queue.waiting > 0;
         drop(queue);
-        self.available.notify_all();
+        if is_awaited {
+            self.available.notify_all();
+        }
     }
 
     /// Hands objects to another thread, or returns them if enough objects wait already.
@@ -227,8 +271,11 @@ impl<'a> Shared<'a> {
             return Some(jobs);
         }
         queue.jobs.push_back(jobs);
+        let is_awaited = queue.waiting > 0;
         drop(queue);
-        self.available.notify_one();
+        if is_awaited {
+            self.available.notify_one();
+        }
         None
     }
 
@@ -367,7 +414,17 @@ impl<'a> Worker<'a> {
         Ok(Worker { shared, batch, totals: Totals::default() })
     }
 
-    fn run(mut self, tick: Tick) -> Result<(), ObjectsError> {
+    fn run_with_own_directory(self) -> Result<(), ObjectsError> {
+        let guard = self.shared.stop.unless_finished();
+        let access = Access::of_own_thread().map_err(|errno| {
+            KernelError::new(Operation::ListObjects, errno).on(self.shared.tree.image())
+        })?;
+        self.run(access, &mut |_| Ok(()))?;
+        guard.finished();
+        Ok(())
+    }
+
+    fn run(mut self, access: Access, tick: Tick) -> Result<(), ObjectsError> {
         let guard = self.shared.stop.unless_finished();
         while let Some(work) = self.shared.next_work() {
             if self.shared.stop.is_set() {
@@ -376,7 +433,7 @@ impl<'a> Worker<'a> {
             }
             match work {
                 Work::Check(jobs) => self.check_all(jobs, tick)?,
-                Work::Read(directory) => self.read(directory, tick)?,
+                Work::Read(directory) => self.read(directory, access, tick)?,
                 Work::Wait => tick(self.shared)?,
             }
         }
@@ -392,9 +449,9 @@ impl<'a> Worker<'a> {
     }
 
     /// Reads a directory, and checks its objects or hands them to other threads.
-    fn read(&mut self, directory: Pending, tick: Tick) -> Result<(), ObjectsError> {
+    fn read(&mut self, directory: Pending, access: Access, tick: Tick) -> Result<(), ObjectsError> {
         let shared = self.shared;
-        let mut directory = shared.tree.open(directory)?;
+        let mut directory = shared.tree.open(directory, access)?;
         let (mut subdirectories, mut jobs) = (Vec::new(), Vec::new());
         while let Some(entry) = shared.tree.next_entry(&mut directory) {
             match entry? {

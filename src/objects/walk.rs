@@ -6,16 +6,19 @@
 
 use std::collections::BTreeSet;
 use std::ffi::{CStr, OsStr};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, fgetxattr, openat, openat2, statat,
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, fgetxattr, lgetxattr, openat, openat2,
+    statat,
 };
 use rustix::io::Errno;
+use rustix::process::fchdir;
+use sealmount_sys::unshare_working_directory;
 
 use crate::erofs::ErofsMount;
 use crate::kernel::{KernelError, Operation};
@@ -59,6 +62,24 @@ pub(crate) struct OpenDirectory {
     /// The absolute path, which is empty for the root.
     path: Arc<[u8]>,
     entries: Dir,
+    access: Access,
+}
+
+/// The way to the files of a directory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Access {
+    /// Files are opened, which any thread can do.
+    ByDescriptor,
+    /// The directory is the working directory, so that a file need not be opened to read its xattrs.
+    ByWorkingDirectory,
+}
+
+impl Access {
+    /// Gives the calling thread a working directory of its own.
+    pub fn of_own_thread() -> Result<Access, Errno> {
+        unshare_working_directory()?;
+        Ok(Access::ByWorkingDirectory)
+    }
 }
 
 impl<'a> Tree<'a> {
@@ -85,7 +106,7 @@ impl<'a> Tree<'a> {
     }
 
     /// Opens a directory, which must not have been opened before.
-    pub fn open(&self, directory: Pending) -> Result<OpenDirectory, ObjectsError> {
+    pub fn open(&self, directory: Pending, access: Access) -> Result<OpenDirectory, ObjectsError> {
         let Pending { parent, name, inode } = directory;
         let is_root = parent.is_empty() && name.is_empty();
         let path: Arc<[u8]> = match is_root {
@@ -103,10 +124,14 @@ impl<'a> Tree<'a> {
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
         let open = || {
             let relative = OsStr::from_bytes(relative);
-            Dir::new(openat2(self.image, relative, flags, Mode::empty(), resolve)?)
+            let fd = openat2(self.image, relative, flags, Mode::empty(), resolve)?;
+            if let Access::ByWorkingDirectory = access {
+                fchdir(&fd)?;
+            }
+            Dir::new(fd)
         };
         match open() {
-            Ok(entries) => Ok(OpenDirectory { path, entries }),
+            Ok(entries) => Ok(OpenDirectory { path, entries, access }),
             Err(errno) => Err(self.failed(&[&path], errno)),
         }
     }
@@ -137,7 +162,10 @@ impl<'a> Tree<'a> {
             }
             _ => self.failed(&[&directory.path, b"/", name.to_bytes()], errno),
         };
-        let fd = directory.entries.fd().map_err(failed)?;
+        let fd = match directory.access {
+            Access::ByDescriptor => directory.entries.fd().map_err(failed)?,
+            Access::ByWorkingDirectory => CWD,
+        };
         let stat = statat(fd, name, AtFlags::SYMLINK_NOFOLLOW).map_err(failed)?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => Ok(Entry::Directory(Pending {
@@ -148,7 +176,15 @@ impl<'a> Tree<'a> {
             FileType::RegularFile => {
                 // The size of a regular file is not negative.
                 let (inode, size) = (stat.st_ino, stat.st_size as u64);
-                match read_reference(fd, name, inode, size).map_err(failed)? {
+                let reference = match directory.access {
+                    Access::ByDescriptor => open_file(fd, name).and_then(|file| {
+                        read_reference(inode, size, |xattr, value| fgetxattr(&file, xattr, value))
+                    }),
+                    Access::ByWorkingDirectory => {
+                        read_reference(inode, size, |xattr, value| lgetxattr(name, xattr, value))
+                    }
+                };
+                match reference.map_err(failed)? {
                     Some(reference) => Ok(Entry::File(name.into(), reference)),
                     None => Ok(Entry::Other),
                 }
@@ -185,27 +221,27 @@ fn to_path(bytes: &[u8]) -> PathBuf {
     PathBuf::from(OsStr::from_bytes(path))
 }
 
+/// Opens a file to read its xattrs. The inode is a regular file, so opening it has no effect.
+fn open_file(directory: BorrowedFd, name: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    openat(directory, name, flags, Mode::empty())
+}
+
 /// Reads the xattrs of overlayfs. Returns `None` if the file has no object.
-///
-/// The inode is known to be a regular file, so opening it has no effect. docs/design.md compares the ways to
-/// read an xattr.
 fn read_reference(
-    directory: BorrowedFd,
-    name: &CStr,
     inode: u64,
     size: u64,
+    get: impl Fn(&CStr, &mut [u8]) -> Result<usize, Errno>,
 ) -> Result<Option<Reference>, Errno> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file = openat(directory, name, flags, Mode::empty())?;
     let mut buffer = [0; 256];
-    let metacopy = match fgetxattr(&file, c"trusted.overlay.metacopy", &mut buffer) {
+    let metacopy = match get(c"trusted.overlay.metacopy", &mut buffer) {
         // The image has no xattrs at all.
         Err(Errno::NODATA | Errno::OPNOTSUPP) => return Ok(None),
         Err(Errno::RANGE) => None,
         length => Some(&buffer[..length?]),
     };
     let mut buffer = [0; PATH_MAX];
-    let redirect = match fgetxattr(&file, c"trusted.overlay.redirect", &mut buffer) {
+    let redirect = match get(c"trusted.overlay.redirect", &mut buffer) {
         Err(Errno::NODATA | Errno::RANGE) => None,
         length => Some(&buffer[..length?]),
     };
@@ -304,7 +340,7 @@ impl<'a> References<'a> {
         loop {
             let Some(directory) = current else {
                 let Some(next) = rest.pop() else { return Ok(None) };
-                *current = Some(self.tree.open(next)?);
+                *current = Some(self.tree.open(next, Access::ByDescriptor)?);
                 continue;
             };
             match self.tree.next_entry(directory).transpose()? {
