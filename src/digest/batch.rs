@@ -74,7 +74,7 @@ impl<T> Batch<T> {
     /// Hashes the files and removes them. Calls `each` with each file and its digest, in order.
     pub fn finish(&mut self, mut each: impl FnMut(T, Digest)) {
         let algorithm = self.algorithm;
-        let leaves = hash_into(algorithm, &self.blocks[..self.used], &mut self.hashes);
+        let leaves = hash_into(algorithm, &self.blocks, self.used, &mut self.hashes);
         let mut trees = 0;
         let mut leaf = 0;
         for (_, size) in &self.files {
@@ -86,7 +86,7 @@ impl<T> Batch<T> {
             leaf += blocks;
         }
         let mut roots = [[0; 64]; BLOCKS / 2];
-        hash_into(algorithm, &self.trees[..trees], &mut roots);
+        hash_into(algorithm, &self.trees, trees, &mut roots);
         let (mut root, mut leaf) = (roots.iter(), 0);
         for (file, size) in self.files.drain(..) {
             let blocks = blocks_of(size);
@@ -117,10 +117,15 @@ fn fill(block: &mut Block, algorithm: Algorithm, hashes: &[Hash]) {
     rest.fill(0);
 }
 
-/// Hashes blocks into `hashes`, which has room for all. Returns the hashes.
-fn hash_into<'a>(algorithm: Algorithm, blocks: &[Block], hashes: &'a mut [Hash]) -> &'a [Hash] {
+/// Hashes the first `count` blocks into `hashes`, which has room for all. Returns the hashes.
+fn hash_into<'a>(
+    algorithm: Algorithm,
+    blocks: &[Block],
+    count: usize,
+    hashes: &'a mut [Hash],
+) -> &'a [Hash] {
     let mut places = hashes.iter_mut();
-    hash_blocks(algorithm, blocks, &mut |hash| {
+    hash_blocks(algorithm, blocks, count, &mut |hash| {
         if let Some(place) = places.next() {
             place[..hash.len().min(64)].copy_from_slice(&hash[..hash.len().min(64)]);
         }

@@ -119,7 +119,7 @@ impl SpanHasher {
     pub fn update(&mut self, data: &[u8]) {
         let (blocks, rest) = data.as_chunks::<MERKLE_BLOCK_SIZE>();
         let algorithm = self.tree.algorithm;
-        hash_blocks(algorithm, blocks, &mut |hash| self.hashes.push(hash));
+        hash_blocks(algorithm, blocks, blocks.len(), &mut |hash| self.hashes.push(hash));
         if !rest.is_empty() {
             let mut block = [0; MERKLE_BLOCK_SIZE];
             block[..rest.len()].copy_from_slice(rest);
@@ -165,29 +165,44 @@ impl HashBlock {
     }
 }
 
-/// Hashes blocks, which may belong to several files. Calls `each` with each hash, in order.
-pub(crate) fn hash_blocks(algorithm: Algorithm, blocks: &[Block], each: &mut dyn FnMut(&[u8])) {
+/// Hashes the first `count` blocks, which may belong to several files. Calls `each` with each hash, in order.
+/// The content of the other blocks does not matter: they fill the last group.
+pub(crate) fn hash_blocks(
+    algorithm: Algorithm,
+    blocks: &[Block],
+    count: usize,
+    each: &mut dyn FnMut(&[u8]),
+) {
     match algorithm {
-        Algorithm::Sha256 => hash_by(algorithm, blocks, sha256::hash_two_blocks, each),
-        Algorithm::Sha512 => hash_by(algorithm, blocks, sha512::hash_eight_blocks, each),
+        Algorithm::Sha256 => hash_by(algorithm, blocks, count, sha256::hash_two_blocks, each),
+        Algorithm::Sha512 => hash_by(algorithm, blocks, count, sha512::hash_eight_blocks, each),
     }
 }
+
+/// The smallest number of blocks that the CPU hashes faster in a group than one by one. With SHA-256, a
+/// group has two blocks.
+const GROUP_MIN: usize = 3;
 
 /// Hashes N blocks at a time if the CPU has instructions for that, and the rest one by one.
 fn hash_by<const N: usize, const SIZE: usize>(
     algorithm: Algorithm,
     blocks: &[Block],
+    count: usize,
     hash_several: impl Fn(&[Block; N]) -> Option<[[u8; SIZE]; N]>,
     each: &mut dyn FnMut(&[u8]),
 ) {
-    let (groups, rest) = blocks.as_chunks::<N>();
+    let (groups, _) = blocks.as_chunks::<N>();
+    let mut done = 0;
     for group in groups {
-        match hash_several(group) {
-            Some(hashes) => hashes.iter().for_each(|hash| each(hash)),
-            None => group.iter().for_each(|block| each(&hash(algorithm, block))),
+        let wanted = N.min(count - done);
+        if wanted < N.min(GROUP_MIN) {
+            break;
         }
+        let Some(hashes) = hash_several(group) else { break };
+        hashes.iter().take(wanted).for_each(|hash| each(hash));
+        done += wanted;
     }
-    rest.iter().for_each(|block| each(&hash(algorithm, block)));
+    blocks[done..count].iter().for_each(|block| each(&hash(algorithm, block)));
 }
 
 fn hash(algorithm: Algorithm, block: &Block) -> Hash {

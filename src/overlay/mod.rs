@@ -212,8 +212,9 @@ impl Overlay {
             Verity::Try => VerityNeed::IfAvailable,
             Verity::Off => VerityNeed::None,
         };
-        let directories = self.layers.objects.iter().map(|layer| layer.fd.as_fd()).collect();
-        let store = Store { directories };
+        let directories = self.layers.objects.iter().map(|layer| layer.fd.as_fd());
+        let store = Store::new(directories)
+            .map_err(|errno| KernelError::new(Operation::StatDirectory, errno))?;
         let report = Check { image, store, check, verity }.run(events)?;
         if report.failed > 0 {
             let (image, report) = (image.source().path().to_owned(), Box::new(report));
