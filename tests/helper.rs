@@ -305,6 +305,38 @@ fn fake_mount_verifies_and_leaves_no_mount() {
 }
 
 #[test]
+fn failed_check_reports_objects_and_status_32() {
+    let Some(sandbox) = sandbox!() else { return };
+    let (image, mnt, empty) = (V1.image(), sandbox.directory("mnt"), sandbox.directory("empty"));
+    let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+    for flags in [&["-f"][..], &["-fv"], &[]] {
+        for check in ["all", "content"] {
+            let options = format!("basedir={},check={check}", empty.display());
+            let arguments = [flags, &[image, mnt, "-o", &options]].concat();
+            let output = mount_composefs!(&arguments);
+            assert_eq!(output.status.code(), Some(32));
+            let message = stderr(&output);
+            let start = message.find("cannot use the objects").unwrap();
+            let lines: Vec<_> = message[start..].lines().collect();
+            assert_eq!(lines.len(), 15, "{message}");
+            assert_eq!(lines[0], "cannot use the objects: 18 of 18 objects failed the check");
+            assert!(lines[1].starts_with("  /data/4096 needs "), "{message}");
+            assert!(lines[10].ends_with(": missing"), "{message}");
+            assert_eq!(lines[11], "  and 8 more objects");
+            assert_eq!(lines[12], "  failed: 18 missing");
+            let totals = "0 of 18 objects passed, 91658 bytes, needed by 19 files";
+            assert_eq!(lines[13], format!("  check={check}: {totals}"));
+            assert!(lines[14].starts_with("  hint: "), "{message}");
+        }
+    }
+    assert!(mount_at(Path::new(mnt)).is_none());
+    let options = format!("{},check=content", basedir());
+    let totals = "check=content: 18 of 18 objects passed";
+    assert!(stderr(&succeeds(&["-fv", image, mnt, "-o", &options])).contains(totals));
+    assert_eq!(stderr(&succeeds(&["-f", image, mnt, "-o", &options])), "");
+}
+
+#[test]
 fn sloppy_mount_ignores_only_unknown_options() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
