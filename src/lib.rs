@@ -66,6 +66,8 @@
 //!
 //! # More
 //!
+//! - Check every object before a mount or an update: [`OverlayOptions::check`], [`Overlay::check_objects`].
+//! - List the objects that an image needs: [`ErofsMount::objects`].
 //! - Cancel a mount, or show its progress: [`MountOptions::mount_with_events`], [`Image::copy_with_progress`].
 //! - Replace a mounted tree without a gap: [`DetachedMount::attach_beneath`].
 //! - Hand a mount to another process: [`DetachedMount::into_fd`], and `DetachedMount::from` there.

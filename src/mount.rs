@@ -36,7 +36,7 @@ impl MountOptions {
     /// within a piece (see [`Image::copy_with_progress`]), and all memory is freed. A panic of the callback
     /// also ends the mount, and is passed on.
     ///
-    /// Besides the threads of a copy, a mount starts at most one thread at a time. It needs a thread for a
+    /// Besides the threads of a copy or of a check of all objects, a mount starts at most one thread at a time. It needs a thread for a
     /// private procfs and, before Linux 6.15, for a private mount namespace.
     ///
     /// # Errors

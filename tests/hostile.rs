@@ -600,12 +600,12 @@ fn non_regular_objects_are_not_opened() {
 
 /// The limits of [`rejected_by_helper`] apply.
 #[test]
-fn image_with_a_million_names_is_rejected() {
+fn image_with_many_names_is_rejected() {
     let Some(sandbox) = sandbox!() else { return };
     let mut image = ErofsImage::new();
     let file = image.file(1, Some(b""), Some(b"/ab/cd"));
     let mut directory = 0;
-    for number in 0..1_000_000 {
+    for number in 0..300_000 {
         if number % 1000 == 0 {
             directory = image.directory();
             image.link(0, format!("d{number}"), directory);
@@ -617,7 +617,7 @@ fn image_with_a_million_names_is_rejected() {
     let expected =
         "cannot use the objects: 1 of 1 objects failed the check\n  /d0/0 needs ab/cd: missing\n";
     assert!(message.starts_with(expected), "{message}");
-    assert!(message.contains("needed by 1000000 files"), "{message}");
+    assert!(message.contains("needed by 300000 files"), "{message}");
 }
 
 /// Returns whether the environment selects the whole corpus.

@@ -47,9 +47,9 @@ const TICK: Duration = Duration::from_millis(10);
 /// The effect of objects that the kernel cannot verify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum VerityNeed {
-    /// The kernel is not asked.
+    /// The kernel's digest is not measured.
     None,
-    /// The report says so.
+    /// The report has the reason.
     IfAvailable,
     /// The object fails the check.
     Required,
@@ -228,7 +228,7 @@ impl<'a> Shared<'a> {
         queue.is_finished() || self.stop.is_set()
     }
 
-    /// Returns the next work, or `None` if there is none and no thread can find more.
+    /// Returns the next work, or `None` if the work is finished.
     fn next_work(&self) -> Option<Work> {
         let mut queue = lock(&self.queue);
         // Objects come first, so that few of them wait.

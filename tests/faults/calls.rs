@@ -183,6 +183,8 @@ const CALLS: &[SystemCall] = &[
         &[EAGAIN, EBUSY, ENODATA, ENOTTY, ENXIO, EOPNOTSUPP],
         &[EBADF, EFAULT, EOVERFLOW, EFBIG, ENOENT],
     ),
+    // ENODATA means that a file has no object, so no run can tell it from the truth.
+    call("lgetxattr", libc::SYS_lgetxattr, &[], &[E2BIG, EFAULT, ENOENT, ENOTDIR]),
     call("lseek", libc::SYS_lseek, &[], &[EBADF, EOVERFLOW, ESPIPE]),
     call("madvise", libc::SYS_madvise, &[], &[EBADF, EFAULT, EHWPOISON]),
     call("memfd_create", libc::SYS_memfd_create, &[EINVAL], &[EFAULT]),
@@ -230,6 +232,7 @@ const CALLS: &[SystemCall] = &[
             ETXTBSY,
         ],
     ),
+    call("openat2", libc::SYS_openat2, &[ENOENT, ENOTDIR, ELOOP], &[E2BIG, EXDEV, EFAULT]),
     call("poll", libc::SYS_poll, &[], &[EFAULT]),
     call("pread64", libc::SYS_pread64, &[EIO], &[EBADF, EFAULT, EISDIR, EOVERFLOW, ESPIPE]),
     call("prlimit64", libc::SYS_prlimit64, &[], &[EFAULT, ESRCH]),

@@ -160,12 +160,19 @@ fn trace(
 }
 
 /// Marks calls in a row of similar calls, except the first two and the last. Such rows are whiteouts
-/// for 256 names, and reads of a file of /proc in pieces.
+/// for 256 names, and reads of a file of /proc in pieces. Also marks the calls for most files of an image.
 fn mark_many(record: &mut [Recorded]) {
     for row in record.chunk_by_mut(|one, other| one.call.number == other.call.number) {
         if matches!(row[0].call.number, libc::SYS_mknodat | libc::SYS_read) {
             let last = row.len() - 1;
             row.iter_mut().take(last).skip(2).for_each(|recorded| recorded.is_one_of_many = true);
+        }
+    }
+    // The check of objects makes the same calls for each file of the image.
+    for recorded in record {
+        let is_of_walk = [libc::SYS_getdents64, libc::SYS_lgetxattr, libc::SYS_newfstatat];
+        if is_of_walk.contains(&recorded.call.number) && recorded.nth >= 8 {
+            recorded.is_one_of_many = true;
         }
     }
 }

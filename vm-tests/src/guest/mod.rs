@@ -27,6 +27,7 @@ mod init;
 mod machines;
 mod missing;
 mod mounted;
+mod object_checks;
 mod objects;
 mod parallel;
 mod probe;

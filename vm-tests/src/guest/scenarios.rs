@@ -1,8 +1,8 @@
 //! Lists all scenarios.
 
 use super::{
-    basics, boot, copies, digest, fallbacks, fault_injection, missing, objects, parallel, probe,
-    source_released, stages, swap, trees, verity,
+    basics, boot, copies, digest, fallbacks, fault_injection, missing, object_checks, objects,
+    parallel, probe, source_released, stages, swap, trees, verity,
 };
 use crate::scenario::Scenario;
 
@@ -20,6 +20,7 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> + Clone {
         copies::SCENARIOS,
         stages::SCENARIOS,
         objects::SCENARIOS,
+        object_checks::SCENARIOS,
         boot::SCENARIOS,
         parallel::SCENARIOS,
         missing::SCENARIOS,
