@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
 use test_support::{
-    Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, large_image, mount_at,
+    ErofsImage, Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, large_image, mount_at,
     mount_composefs, mounts, run, sandbox, umount, umount_8,
 };
 
@@ -464,6 +464,32 @@ fn long_copy_on_terminal_reports_progress() {
     assert!(message.contains("copied into"), "{message}");
     assert!(!message.contains("copying") && !message.contains(['\r', '\x1b']), "{message}");
     umount(&mnt);
+}
+
+#[test]
+fn long_check_on_terminal_reports_progress() {
+    let Some(sandbox) = sandbox!() else { return };
+    let (mnt, objects) = (sandbox.directory("mnt"), sandbox.directory("objects"));
+    let mut image = ErofsImage::new();
+    let metacopy = [&[0, 36, 0, 1][..], &[0; 32]].concat();
+    // The object has no data on the disk.
+    const SIZE: u64 = 8 << 30;
+    let file = image.file(SIZE, Some(&metacopy), Some(b"/ab/cd"));
+    image.link(0, "file", file);
+    fs::create_dir(objects.join("ab")).unwrap();
+    fs::File::create(objects.join("ab/cd")).unwrap().set_len(SIZE).unwrap();
+    let image = sandbox.file("image.cfs", &image.finish());
+    let helper = env!("CARGO_BIN_EXE_mount-composefs");
+    let options = format!("basedir={},check=content", objects.display());
+    let call = format!("{helper} -fv -o {options} {} {}", image.display(), mnt.display());
+    let mut script = Command::new("script");
+    let output = script.args(["-qec", &call, "/dev/null"]).stdin(Stdio::null()).output().unwrap();
+    assert_eq!(output.status.code(), Some(32));
+    let message = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        message.contains("\rchecking [") && message.contains("  failed: 1 wrong content"),
+        "{message}"
+    );
 }
 
 #[test]

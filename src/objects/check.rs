@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -81,7 +82,8 @@ impl Check<'_> {
                 return Ok(());
             }
             next = now + TICK;
-            let done = shared.tree.entries();
+            let later = shared.large_left.load(Ordering::Relaxed);
+            let done = shared.tree.names().saturating_sub(later);
             match progress(CheckProgress { done, total }) {
                 ControlFlow::Continue(()) => Ok(()),
                 ControlFlow::Break(()) => Err(shared.cancelled()),
@@ -154,6 +156,8 @@ struct Shared<'a> {
     seen: Mutex<BTreeSet<ObjectKey>>,
     failures: Mutex<BTreeMap<ObjectKey, ObjectProblem>>,
     large: Mutex<Vec<Job>>,
+    /// The number of large objects that are not hashed yet.
+    large_left: AtomicU64,
     totals: Mutex<Totals>,
 }
 
@@ -176,6 +180,7 @@ impl<'a> Shared<'a> {
             seen: Mutex::default(),
             failures: Mutex::default(),
             large: Mutex::default(),
+            large_left: AtomicU64::new(0),
             totals: Mutex::default(),
         })
     }
@@ -306,42 +311,51 @@ impl<'a> Shared<'a> {
     /// Hashes the large objects one after the other, each on all CPUs.
     fn hash_large(&self, tick: Tick) -> Result<(), ObjectsError> {
         for job in std::mem::take(&mut *lock(&self.large)) {
-            let Reference { object, size, digest, .. } = &job.reference;
-            let (Some(object), Some(digest)) = (object, digest) else { continue };
-            let file = match self.check.store.find(object).and_then(|found| found.open()) {
-                Ok(file) => file,
-                Err(problem) => {
-                    self.fail(job, problem)?;
-                    continue;
-                }
-            };
-            let mut cancelled = None;
-            let mut progress = |_| match tick(self) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(error) => {
-                    cancelled = Some(error);
-                    ControlFlow::Break(())
-                }
-            };
-            let algorithm = digest.algorithm();
-            let result = of_open_file::<HashError>(algorithm, file.as_fd(), *size, &mut progress);
-            match (result, cancelled) {
-                (_, Some(error)) => return Err(error),
-                (Ok(found), None) => self.compare(job, found)?,
-                (Err(HashError::Halted(Halted::NoMemory(errno))), None) => {
-                    return Err(self.no_memory(errno));
-                }
-                (Err(HashError::Halted(Halted::Cancelled)), None) => return Err(self.cancelled()),
-                (Err(HashError::Read(error)), None) => {
-                    let problem = match Errno::from_io_error(&error) {
-                        Some(errno) => unreadable(errno),
-                        None => ObjectProblem::Changed,
-                    };
-                    self.fail(job, problem)?;
-                }
+            match self.digest_of_large(&job.reference, tick)? {
+                Ok(Some(found)) => self.compare(job, found)?,
+                Ok(None) => {}
+                Err(problem) => self.fail(job, problem)?,
             }
+            self.large_left.fetch_sub(1, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// Hashes a large object on all CPUs.
+    fn digest_of_large(
+        &self,
+        reference: &Reference,
+        tick: Tick,
+    ) -> Result<Result<Option<Digest>, ObjectProblem>, ObjectsError> {
+        let Reference { object: Some(object), size, digest: Some(digest), .. } = reference else {
+            return Ok(Ok(None));
+        };
+        let file = match self.check.store.find(object).and_then(|found| found.open()) {
+            Ok(file) => file,
+            Err(problem) => return Ok(Err(problem)),
+        };
+        let mut cancelled = None;
+        let mut progress = |_| match tick(self) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                cancelled = Some(error);
+                ControlFlow::Break(())
+            }
+        };
+        let algorithm = digest.algorithm();
+        let result = of_open_file::<HashError>(algorithm, file.as_fd(), *size, &mut progress);
+        if let Some(error) = cancelled {
+            return Err(error);
+        }
+        match result {
+            Ok(found) => Ok(Ok(Some(found))),
+            Err(HashError::Halted(Halted::NoMemory(errno))) => Err(self.no_memory(errno)),
+            Err(HashError::Halted(Halted::Cancelled)) => Err(self.cancelled()),
+            Err(HashError::Read(error)) => Ok(Err(match Errno::from_io_error(&error) {
+                Some(errno) => unreadable(errno),
+                None => ObjectProblem::Changed,
+            })),
+        }
     }
 
     /// Makes the report. If objects failed, walks the image once more to find a file for each.
@@ -562,6 +576,7 @@ impl<'a> Worker<'a> {
         };
         let algorithm = expected.algorithm();
         if size > LARGE && self.shared.threads > 1 {
+            self.shared.large_left.fetch_add(1, Ordering::Relaxed);
             lock(&self.shared.large).push(job);
             return Ok(());
         }

@@ -53,6 +53,8 @@ pub(crate) struct Tree<'a> {
     image: &'a ErofsMount,
     limit: u64,
     entries: AtomicU64,
+    /// The number of entries except `.` and `..`.
+    names: AtomicU64,
     visited: Mutex<BTreeSet<u64>>,
 }
 
@@ -85,7 +87,13 @@ impl Access {
 impl<'a> Tree<'a> {
     pub fn new(image: &'a ErofsMount) -> Tree<'a> {
         let limit = image.source().report().size / ENTRY_SIZE;
-        Tree { image, limit, entries: AtomicU64::new(0), visited: Mutex::default() }
+        Tree {
+            image,
+            limit,
+            entries: AtomicU64::new(0),
+            names: AtomicU64::new(0),
+            visited: Mutex::default(),
+        }
     }
 
     /// Returns the root directory.
@@ -100,9 +108,9 @@ impl<'a> Tree<'a> {
         self.image.source().path()
     }
 
-    /// Returns the number of entries that were read.
-    pub fn entries(&self) -> u64 {
-        self.entries.load(Ordering::Relaxed)
+    /// Returns the number of names that were read.
+    pub fn names(&self) -> u64 {
+        self.names.load(Ordering::Relaxed)
     }
 
     /// Opens a directory, which must not have been opened before.
@@ -150,6 +158,7 @@ impl<'a> Tree<'a> {
         if matches!(name.to_bytes(), b"." | b"..") {
             return Some(Ok(Entry::Other));
         }
+        self.names.fetch_add(1, Ordering::Relaxed);
         Some(self.read_entry(directory, name))
     }
 
