@@ -470,26 +470,32 @@ fn long_copy_on_terminal_reports_progress() {
 fn long_check_on_terminal_reports_progress() {
     let Some(sandbox) = sandbox!() else { return };
     let (mnt, objects) = (sandbox.directory("mnt"), sandbox.directory("objects"));
-    let mut image = ErofsImage::new();
-    let metacopy = [&[0, 36, 0, 1][..], &[0; 32]].concat();
-    // The object has no data on the disk.
-    const SIZE: u64 = 8 << 30;
-    let file = image.file(SIZE, Some(&metacopy), Some(b"/ab/cd"));
-    image.link(0, "file", file);
     fs::create_dir(objects.join("ab")).unwrap();
-    fs::File::create(objects.join("ab/cd")).unwrap().set_len(SIZE).unwrap();
-    let image = sandbox.file("image.cfs", &image.finish());
-    let helper = env!("CARGO_BIN_EXE_mount-composefs");
+    let object = fs::File::create(objects.join("ab/cd")).unwrap();
     let options = format!("basedir={},check=content", objects.display());
-    let call = format!("{helper} -fv -o {options} {} {}", image.display(), mnt.display());
-    let mut script = Command::new("script");
-    let output = script.args(["-qec", &call, "/dev/null"]).stdin(Stdio::null()).output().unwrap();
-    assert_eq!(output.status.code(), Some(32));
-    let message = String::from_utf8(output.stdout).unwrap();
-    assert!(
-        message.contains("\rchecking [") && message.contains("  failed: 1 wrong content"),
-        "{message}"
-    );
+    // The object has no data on the disk.
+    for gibibytes in [1, 4, 16, 64, 256] {
+        let mut image = ErofsImage::new();
+        let metacopy = [&[0, 36, 0, 1][..], &[0; 32]].concat();
+        let file = image.file(gibibytes << 30, Some(&metacopy), Some(b"/ab/cd"));
+        image.link(0, "file", file);
+        object.set_len(gibibytes << 30).unwrap();
+        let image = sandbox.file("image.cfs", &image.finish());
+        let helper = env!("CARGO_BIN_EXE_mount-composefs");
+        let call = format!("{helper} -fv -o {options} {} {}", image.display(), mnt.display());
+        let start = Instant::now();
+        let mut script = Command::new("script");
+        script.args(["-qec", &call, "/dev/null"]).stdin(Stdio::null());
+        let output = script.output().unwrap();
+        assert_eq!(output.status.code(), Some(32));
+        let message = String::from_utf8(output.stdout).unwrap();
+        assert!(message.contains("  failed: 1 wrong content"), "{message}");
+        if start.elapsed() > Duration::from_millis(1500) {
+            assert!(message.contains("\rchecking [") && message.contains("%"), "{message}");
+            return;
+        }
+    }
+    panic!("a check of 256 GiB needs less than 1.5 seconds");
 }
 
 #[test]
