@@ -198,7 +198,7 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
         ("MiB of anonymous memory beside the window, xz", AtMost(8.0), anonymous(2)),
         ("MiB of anonymous memory beside the window, gzip", AtMost(8.0), anonymous(3)),
         (
-            "check=all -f ÷ `find -printf %s` over a new mount",
+            "mount with check=all ÷ `find -printf %s`, cached",
             AtMost(1.5),
             ratio(checks::GROUP_ALL, checks::CHECK, checks::OTHER),
         ),
