@@ -6,14 +6,14 @@
 //! cargo run --release --example updater -- IMAGE DIGEST OBJECTS...
 //! ```
 //!
-//! The example does not mount, so it does not need root.
+//! The example attaches no mount. As root, it also checks every object that the image refers to.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use sealmount::{
-    CopyOptions, Digest, Error, ErrorKind, Image, Location, MemoryKind, OverlayOptions, Progress,
-    SourceReport, Verity, VerityStatus,
+    CopyOptions, Digest, Error, ErrorKind, Image, Location, MemoryKind, ObjectCheck,
+    OverlayOptions, Progress, Source, SourceReport, Verity, VerityStatus,
 };
 
 const DIGEST: &str = "9ddad2ef1b11a869370e222a70507d0c94ab025fdb2f62e8bd15b9345fb5f5c1";
@@ -45,10 +45,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let wrong_digest = Update { digest: Digest::Sha256([0; 32]), ..good.clone() };
     let not_an_image = Update { image: root.join("Cargo.toml"), ..good.clone() };
     let no_objects = Update { objects: vec![bundled.join("missing")], ..good.clone() };
+    let other_objects =
+        Update { objects: vec![root.join("tests/images/v2-sha512/objects")], ..good.clone() };
     for (title, update) in [
         ("Another digest", &wrong_digest),
         ("A file that is not an image", &not_an_image),
         ("A missing object directory", &no_objects),
+        ("Objects of another image", &other_objects),
     ] {
         println!("-- {title}");
         // The errors are the purpose of these checks.
@@ -122,7 +125,24 @@ fn check(
         options.digest = Some(update.digest);
         image.copy_with_progress(&options, progress)?
     };
+    check_objects(&source, overlay)?;
     Ok(source.report().clone())
+}
+
+/// Reads every object and compares it with the image, whether or not the kernel can verify objects.
+fn check_objects(source: &Source, mut overlay: OverlayOptions) -> Result<(), Error> {
+    overlay.verity = Some(Verity::Try);
+    let erofs = match source.mount() {
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            println!("objects: not checked, which needs root");
+            return Ok(());
+        }
+        erofs => erofs?,
+    };
+    let mut progress = |_| ControlFlow::Continue(());
+    let report = overlay.open()?.check_objects(&erofs, ObjectCheck::Content, &mut progress)?;
+    println!("objects: {report}");
+    Ok(())
 }
 
 /// The reaction to an error.
@@ -140,7 +160,9 @@ impl Reaction {
     fn to(error: &Error) -> Reaction {
         match error.kind() {
             ErrorKind::OutOfMemory | ErrorKind::Busy | ErrorKind::Cancelled => Reaction::TryAgain,
-            ErrorKind::NotAnImage | ErrorKind::DigestMismatch => Reaction::Broken,
+            ErrorKind::NotAnImage | ErrorKind::DigestMismatch | ErrorKind::ObjectsDamaged => {
+                Reaction::Broken
+            }
             // ErrorKind may get more kinds: a person can handle all of them.
             _ => Reaction::Operator,
         }
@@ -160,6 +182,9 @@ fn report(result: Result<SourceReport, Error>) -> Result<(), Error> {
         }
         Err(error) => {
             println!("{:?}: {error}", Reaction::to(&error));
+            for failure in error.check_report().iter().flat_map(|report| &report.failures) {
+                println!("  {failure}");
+            }
             if let Some(hint) = error.hint() {
                 println!("  hint: {hint}");
             }

@@ -1,6 +1,7 @@
 //! A finished mount, and the directories that it is attached to.
 
 use std::fmt;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -43,7 +44,8 @@ impl Overlay {
     /// Mounts the overlay on an image, without attaching it anywhere. The caller keeps the EROFS mount, and
     /// can mount other overlays on it.
     ///
-    /// If the EROFS is mounted from a file, the method tries another overlay on the mount, and
+    /// [`OverlayOptions::check`](crate::OverlayOptions::check) is done first. If the EROFS is mounted from a
+    /// file, the method also tries another overlay on the mount, and
     /// [`OverlayReport::stacking`](crate::OverlayReport::stacking) has the result. Some kernels stack no other
     /// overlay (Linux 6.17.13 and 6.18.5). The bare EROFS mount then counts as a level too.
     ///
@@ -54,7 +56,9 @@ impl Overlay {
     ///
     /// [`OverlayError`]
     pub fn mount(&self, image: &ErofsMount) -> Result<DetachedMount, OverlayError> {
-        let (mount, overlay) = self.mount_noting(ImageLayer::Borrowed(image), &mut Vec::new())?;
+        let check = self.check_before_mount(image, &mut |_| ControlFlow::Continue(()))?;
+        let layer = ImageLayer::Borrowed(image);
+        let (mount, overlay) = self.mount_noting(layer, check, &mut Vec::new())?;
         let (source, erofs) = (image.source().report().clone(), image.report().clone());
         Ok(DetachedMount::new(mount, MountReport { source, erofs, overlay: Some(overlay) }))
     }

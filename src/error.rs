@@ -5,6 +5,7 @@ use crate::erofs::ErofsError;
 use crate::image::ImageError;
 use crate::kernel::{ErrorKind, Hint, KernelError};
 use crate::location::DirectoryError;
+use crate::objects::CheckReport;
 use crate::options::OptionsError;
 use crate::overlay::OverlayError;
 use crate::record::RecordError;
@@ -104,6 +105,14 @@ impl Error {
         }
     }
 
+    /// Returns the report of the check, if objects fail it.
+    pub fn check_report(&self) -> Option<&CheckReport> {
+        match self {
+            Error::Overlay(error) => error.check_report(),
+            _ => None,
+        }
+    }
+
     /// Returns the failed system call, if the error is one.
     pub fn kernel(&self) -> Option<&KernelError> {
         match self {
@@ -160,7 +169,9 @@ impl From<Error> for std::io::Error {
         use std::io::ErrorKind as Io;
         let kind = match error.kind() {
             ErrorKind::InvalidOptions => Io::InvalidInput,
-            ErrorKind::NotAnImage | ErrorKind::DigestMismatch => Io::InvalidData,
+            ErrorKind::NotAnImage | ErrorKind::DigestMismatch | ErrorKind::ObjectsDamaged => {
+                Io::InvalidData
+            }
             ErrorKind::NotFound => Io::NotFound,
             ErrorKind::PermissionDenied => Io::PermissionDenied,
             ErrorKind::VerityUnavailable | ErrorKind::Unsupported => Io::Unsupported,

@@ -7,6 +7,7 @@ use crate::digest::Digest;
 use crate::erofs::SourceMethod;
 use crate::image::{Compression, Format};
 use crate::kernel::KernelError;
+use crate::objects::{CheckProgress, CheckReport};
 use crate::overlay::{LayerMethod, ObjectVerity};
 use crate::source::{MemoryKind, Progress, VerifiedBy};
 use crate::util::text::shown;
@@ -76,6 +77,10 @@ pub enum Event {
         /// The path of the namespace.
         user_namespace: PathBuf,
     },
+    /// The objects are being checked. At most a hundred of these events come in a second.
+    Checking(CheckProgress),
+    /// All objects pass the check.
+    ObjectsChecked(CheckReport),
     /// The verification of the objects.
     Verity(ObjectVerity),
     /// No other overlay can be mounted on the mount ([`Stacking`](crate::Stacking)), and there is no loop
@@ -152,6 +157,10 @@ impl fmt::Display for Event {
             Event::Idmapped { user_namespace } => {
                 write!(f, "image idmapped with {}", shown(user_namespace))
             }
+            Event::Checking(CheckProgress { done, total, .. }) => {
+                write!(f, "checking objects: {done} of {total} files")
+            }
+            Event::ObjectsChecked(report) => report.fmt(f),
             Event::Verity(verity) => verity.fmt(f),
             Event::NotStackable { error } => write!(
                 f,

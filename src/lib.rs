@@ -66,6 +66,8 @@
 //!
 //! # More
 //!
+//! - Check every object before a mount or an update: [`OverlayOptions::check`], [`Overlay::check_objects`].
+//! - List the objects that an image needs: [`ErofsMount::objects`].
 //! - Cancel a mount, or show its progress: [`MountOptions::mount_with_events`], [`Image::copy_with_progress`].
 //! - Replace a mounted tree without a gap: [`DetachedMount::attach_beneath`].
 //! - Change the flags of a mount: [`AttachedMount::remount`].
@@ -112,6 +114,7 @@ mod image;
 mod kernel;
 mod location;
 mod mount;
+mod objects;
 mod options;
 mod overlay;
 mod record;
@@ -133,6 +136,10 @@ pub use event::{Event, Method};
 pub use image::{Compression, Format, Header, Image, ImageError, ImageProblem};
 pub use kernel::{ErrorKind, Hint, KernelError, Operation, Unsupported};
 pub use location::{DirectoryError, DirectoryRole, Location};
+pub use objects::{
+    CheckProgress, CheckReport, ImageObject, ObjectCheck, ObjectFailure, ObjectProblem,
+    ObjectProblemKind, Objects, ObjectsError,
+};
 pub use options::{MountFlags, MountOptions, OptionsError, RemountOptions, Sloppy};
 pub use overlay::{
     Atime, LayerMethod, MountAttributes, ObjectVerity, Overlay, OverlayError, OverlayOptions,

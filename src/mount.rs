@@ -13,6 +13,7 @@ use crate::kernel::mount::Mount;
 use crate::kernel::procfs::Procfs;
 use crate::kernel::{KernelError, Unsupported};
 use crate::location::Location;
+use crate::objects::CheckReport;
 use crate::options::MountOptions;
 use crate::overlay::{ImageLayer, LayerMethod, Overlay, OverlayError, OverlayReport, Verity};
 use crate::source::{Source, SourceReport, Verified};
@@ -46,8 +47,8 @@ impl MountOptions {
     /// Unlike `mount`, this method looks for sampled files whose object is missing, and reports them with
     /// [`Event::ObjectMissing`]. With [`Verity::Require`], both methods reject the mount instead.
     ///
-    /// Besides the threads of a copy, a mount starts at most one thread at a time. It needs a thread for a
-    /// private procfs and, before Linux 6.15, for a private mount namespace.
+    /// Besides the threads of a copy or of a check of all objects, a mount starts at most one thread at a time.
+    /// It needs a thread for a private procfs and, before Linux 6.15, for a private mount namespace.
     ///
     /// # Errors
     ///
@@ -82,7 +83,12 @@ impl MountOptions {
             false => Vec::new(),
         };
 
-        let mut attempt = Attempt::new(&overlay, erofs);
+        let mut progress = |progress| (events.callback)(Event::Checking(progress));
+        let check = overlay.check_before_mount(&erofs, &mut progress)?;
+        if let Some(report) = &check {
+            events.send(Event::ObjectsChecked(report.clone()))?;
+        }
+        let mut attempt = Attempt::new(&overlay, erofs, check.clone());
         if let Some(error) = attempt.stacking_error()
             && let Ok(erofs) = source.mount_by_loop_device(attempt.unsupported_sources(error))
         {
@@ -90,7 +96,7 @@ impl MountOptions {
             events.send(Event::MethodUnsupported { method, error: error.clone() })?;
             // An upper layer belongs to one mount at a time.
             drop(attempt);
-            attempt = Attempt::new(&overlay, idmapped(erofs, user_namespace.as_ref())?);
+            attempt = Attempt::new(&overlay, idmapped(erofs, user_namespace.as_ref())?, check);
         }
         events.send_erofs(&attempt.erofs)?;
         events.send_unsupported(attempt.unsupported, Method::Layers)?;
@@ -164,10 +170,10 @@ struct Attempt {
 }
 
 impl Attempt {
-    fn new(overlay: &Overlay, erofs: ErofsMount) -> Attempt {
+    fn new(overlay: &Overlay, erofs: ErofsMount, check: Option<CheckReport>) -> Attempt {
         let report = erofs.report().clone();
         let mut unsupported = Vec::new();
-        let result = overlay.mount_noting(ImageLayer::Owned(erofs), &mut unsupported);
+        let result = overlay.mount_noting(ImageLayer::Owned(erofs), check, &mut unsupported);
         Attempt { erofs: report, unsupported, result }
     }
 

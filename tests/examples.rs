@@ -76,6 +76,7 @@ fn updater_sorts_errors_by_reaction() {
         "-- The bundled image",
         "  composefs V1, 24576 bytes, blocks of 4096 bytes",
         "  24576 of 24576 bytes",
+        "objects: check=content: 18 of 18 objects passed, ",
         "verified, computed by sealmount: 24576 bytes",
         "-- Another digest",
         "Broken: ",
@@ -83,6 +84,9 @@ fn updater_sorts_errors_by_reaction() {
         "Broken: ",
         "-- A missing object directory",
         "Operator: ",
+        "-- Objects of another image",
+        "Broken: ",
+        ": missing",
         "-- Stopped by the user",
         "TryAgain: ",
     ];

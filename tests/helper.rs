@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::mount::{UnmountFlags, mount_bind, unmount};
 use test_support::{
-    Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, large_image, mount_at,
+    ErofsImage, Sandbox, V1, V2, assert_is_manifest, assert_no_loop_device, large_image, mount_at,
     mount_composefs, mounts, run, sandbox, umount, umount_8,
 };
 
@@ -306,6 +306,38 @@ fn fake_mount_verifies_and_leaves_no_mount() {
 }
 
 #[test]
+fn failed_check_reports_objects_and_status_32() {
+    let Some(sandbox) = sandbox!() else { return };
+    let (image, mnt, empty) = (V1.image(), sandbox.directory("mnt"), sandbox.directory("empty"));
+    let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
+    for flags in [&["-f"][..], &["-fv"], &[]] {
+        for check in ["all", "content"] {
+            let options = format!("basedir={},check={check}", empty.display());
+            let arguments = [flags, &[image, mnt, "-o", &options]].concat();
+            let output = mount_composefs!(&arguments);
+            assert_eq!(output.status.code(), Some(32));
+            let message = stderr(&output);
+            let start = message.find("cannot use the objects").unwrap();
+            let lines: Vec<_> = message[start..].lines().collect();
+            assert_eq!(lines.len(), 15, "{message}");
+            assert_eq!(lines[0], "cannot use the objects: 18 of 18 objects failed the check");
+            assert!(lines[1].starts_with("  /data/4096 needs "), "{message}");
+            assert!(lines[10].ends_with(": missing"), "{message}");
+            assert_eq!(lines[11], "  and 8 more objects");
+            assert_eq!(lines[12], "  failed: 18 missing");
+            let totals = "0 of 18 objects passed, 91658 bytes, needed by 19 files";
+            assert_eq!(lines[13], format!("  check={check}: {totals}"));
+            assert!(lines[14].starts_with("  hint: "), "{message}");
+        }
+    }
+    assert!(mount_at(Path::new(mnt)).is_none());
+    let options = format!("{},check=content", basedir());
+    let totals = "check=content: 18 of 18 objects passed";
+    assert!(stderr(&succeeds(&["-fv", image, mnt, "-o", &options])).contains(totals));
+    assert_eq!(stderr(&succeeds(&["-f", image, mnt, "-o", &options])), "");
+}
+
+#[test]
 fn sloppy_mount_ignores_only_unknown_options() {
     let Some(sandbox) = sandbox!() else { return };
     let (image, mnt) = (V1.image(), sandbox.directory("mnt"));
@@ -433,6 +465,38 @@ fn long_copy_on_terminal_reports_progress() {
     assert!(message.contains("copied into"), "{message}");
     assert!(!message.contains("copying") && !message.contains(['\r', '\x1b']), "{message}");
     umount(&mnt);
+}
+
+#[test]
+fn long_check_on_terminal_reports_progress() {
+    let Some(sandbox) = sandbox!() else { return };
+    let (mnt, objects) = (sandbox.directory("mnt"), sandbox.directory("objects"));
+    fs::create_dir(objects.join("ab")).unwrap();
+    let object = fs::File::create(objects.join("ab/cd")).unwrap();
+    let options = format!("basedir={},check=content", objects.display());
+    // The object has no data on the disk.
+    for gibibytes in [1, 4, 16, 64, 256] {
+        let mut image = ErofsImage::new();
+        let metacopy = [&[0, 36, 0, 1][..], &[0; 32]].concat();
+        let file = image.file(gibibytes << 30, Some(&metacopy), Some(b"/ab/cd"));
+        image.link(0, "file", file);
+        object.set_len(gibibytes << 30).unwrap();
+        let image = sandbox.file("image.cfs", &image.finish());
+        let helper = env!("CARGO_BIN_EXE_mount-composefs");
+        let call = format!("{helper} -fv -o {options} {} {}", image.display(), mnt.display());
+        let start = Instant::now();
+        let mut script = Command::new("script");
+        script.args(["-qec", &call, "/dev/null"]).stdin(Stdio::null());
+        let output = script.output().unwrap();
+        assert_eq!(output.status.code(), Some(32));
+        let message = String::from_utf8(output.stdout).unwrap();
+        assert!(message.contains("  failed: 1 wrong content"), "{message}");
+        if start.elapsed() > Duration::from_millis(1500) {
+            assert!(message.contains("\rchecking [") && message.contains("%"), "{message}");
+            return;
+        }
+    }
+    panic!("a check of 256 GiB needs less than 1.5 seconds");
 }
 
 #[test]

@@ -20,7 +20,9 @@ use sealmount::{
     DetachedMount, DirectoryRole, Error, ErrorKind, ImageProblem, Location, MountOptions,
     Operation, OverlayError, SizeLimit, SourceError,
 };
-use test_support::{Sandbox, V1, assert_is_manifest, image_problem, sandbox, through, umount};
+use test_support::{
+    ErofsImage, Sandbox, V1, assert_is_manifest, image_problem, sandbox, through, umount,
+};
 
 /// The limit of the helper's private memory: several times the size of six buffers of 512 KiB and the
 /// window of a decoder.
@@ -594,6 +596,28 @@ fn non_regular_objects_are_not_opened() {
         assert!(opened.is_err(), "{kind}: opened");
         umount(&mnt);
     }
+}
+
+/// The limits of [`rejected_by_helper`] apply.
+#[test]
+fn image_with_many_names_is_rejected() {
+    let Some(sandbox) = sandbox!() else { return };
+    let mut image = ErofsImage::new();
+    let file = image.file(1, Some(b""), Some(b"/ab/cd"));
+    let mut directory = 0;
+    for number in 0..300_000 {
+        if number % 1000 == 0 {
+            directory = image.directory();
+            image.link(0, format!("d{number}"), directory);
+        }
+        image.link(directory, format!("{number}"), file);
+    }
+    let image = sandbox.file("names.cfs", &image.finish());
+    let message = rejected_by_helper(&image, ",size=80%,check=all");
+    let expected =
+        "cannot use the objects: 1 of 1 objects failed the check\n  /d0/0 needs ab/cd: missing\n";
+    assert!(message.starts_with(expected), "{message}");
+    assert!(message.contains("needed by 300000 files"), "{message}");
 }
 
 /// Returns whether the environment selects the whole corpus.

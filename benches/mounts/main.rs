@@ -8,6 +8,7 @@
 mod anonymous;
 mod bench;
 mod chart;
+mod checks;
 mod digests;
 mod images;
 mod machine;
@@ -63,6 +64,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut report = Report::new(&bench.programs.versions);
     measures::add_helper_size(&bench, &mut report)?;
     digests::measure(&bench, &mut report);
+    checks::measure(&bench, &mut report)?;
     memory::measure(&bench, &mut report)?;
     shared::measure_slab(&bench, &mut report)?;
     if machine::available() / 4 < stop::SIZE as u64 {

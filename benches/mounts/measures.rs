@@ -1,11 +1,13 @@
 //! The limits of the project, and the figures that were found.
 
+use sealmount::Algorithm;
+
 use crate::bench::Bench;
 use crate::report::{Report, Table};
 use crate::sizes::{MEASURED_SIZE, MIB};
 use crate::timing::Samples;
 use crate::whole_process::{self as whole, GROWTH, GROWTH_GROUP, of_size};
-use crate::{anonymous, digests, memory, parts, shared, stop};
+use crate::{anonymous, checks, digests, memory, parts, shared, stop};
 
 enum Limit {
     AtMost(f64),
@@ -67,6 +69,7 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
     };
     let stop = |name| figure(stop::GROUP, name);
     let shared = |name, other| ratio(shared::GROUP, name, other);
+    let content = |algorithm| ratio(&checks::group(algorithm), checks::CHECK, checks::OTHER);
     let sealed = || {
         let all = |variant| report.samples(&parts::group(variant), parts::ALL);
         Some(Found::ratio(all(parts::SEALED_DIGEST)?, all(parts::MEMFD_DIGEST)?))
@@ -194,6 +197,17 @@ fn measures(report: &Report) -> Vec<(&'static str, Limit, Option<Found>)> {
         ("MiB of anonymous memory beside the window, zstd", AtMost(8.0), anonymous(1)),
         ("MiB of anonymous memory beside the window, xz", AtMost(8.0), anonymous(2)),
         ("MiB of anonymous memory beside the window, gzip", AtMost(8.0), anonymous(3)),
+        (
+            "mount with check=all ÷ `find -printf %s`, cached",
+            AtMost(1.5),
+            ratio(checks::GROUP_ALL, checks::CHECK, checks::OTHER),
+        ),
+        (
+            "check=content ÷ two `fsverity digest`, SHA-256",
+            AtMost(0.85),
+            content(Algorithm::Sha256),
+        ),
+        ("check=content ÷ two `fsverity digest`, SHA-512", AtMost(0.6), content(Algorithm::Sha512)),
         (
             "MiB of the static helper, all formats",
             AtMost(HELPER_SIZE_MAX),

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use lexopt::{Arg, Parser};
 use rustix::process::{getegid, geteuid, getgid, getuid};
 use sealmount::{
-    AttachedMount, Error, ErrorKind, Event, MountOptions, Progress, RemountOptions,
+    AttachedMount, CheckReport, Error, ErrorKind, Event, MountOptions, RemountOptions,
     enter_mount_namespace, open_mount_point,
 };
 
@@ -39,6 +39,10 @@ Options:
   verity=try             check objects if kernel and objects allow it
   verity=off, noverity   do not check objects
   tryverity              as verity=try; with digest=, as verity
+  check=sample           sample objects of each directory for fs-verity, with verity (default)
+  check=all              check that every object of the image is there, and its digest with verity
+  check=content          the same, and read every object to compute its digest
+  check=none             do not check objects before the mount
   copy[=memfd]           mount a copy of the image in sealed memory; the image may be
                          compressed with zstd, xz or gzip
   copy=ramfs             the same, in memory that is never swapped out
@@ -67,13 +71,15 @@ enum Status {
 struct Failure {
     status: Status,
     message: String,
+    /// More lines below the message.
+    details: Vec<String>,
     hint: Option<&'static str>,
 }
 
 impl Failure {
     fn usage(message: impl Into<String>) -> Failure {
         let hint = Some("see mount.composefs --help");
-        Failure { status: Status::Usage, message: message.into(), hint }
+        Failure { status: Status::Usage, message: message.into(), details: Vec::new(), hint }
     }
 }
 
@@ -86,7 +92,8 @@ impl<E: Into<Error>> From<E> for Failure {
             _ => Status::MountFailure,
         };
         let hint = error.hint().map(|hint| hint.for_options());
-        Failure { status, message: error.to_string(), hint }
+        let details = error.check_report().map_or_else(Vec::new, failed_objects);
+        Failure { status, message: error.to_string(), details, hint }
     }
 }
 
@@ -107,6 +114,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             say(&failure.message);
+            failure.details.iter().for_each(|line| print_error(&format!("  {line}\n")));
             if let Some(hint) = failure.hint {
                 print_error(&format!("  hint: {hint}\n"));
             }
@@ -118,6 +126,19 @@ fn main() -> ExitCode {
 /// Prints to stderr, and ignores a failure: eprintln! would panic if the reader is gone or the disk full.
 fn print_error(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
+}
+
+/// Returns lines about the objects that fail a check, about each kind of problem, and the totals.
+fn failed_objects(report: &CheckReport) -> Vec<String> {
+    let mut lines: Vec<String> = report.failures.iter().map(ToString::to_string).collect();
+    let more = report.failed - report.failures.len() as u64;
+    if more > 0 {
+        lines.push(format!("and {more} more objects"));
+    }
+    let by_kind = report.failed_by_kind.iter().map(|(kind, count)| format!("{count} {kind}"));
+    lines.push(format!("failed: {}", by_kind.collect::<Vec<_>>().join(", ")));
+    lines.push(report.to_string());
+    lines
 }
 
 /// Prints one line. Control characters are escaped: arguments may hold any.
@@ -147,6 +168,7 @@ fn run() -> Result<(), Failure> {
                 "mount.composefs: cannot serve this user: installed set-user-ID, set-group-ID or \
                       with file capabilities"
                     .into(),
+            details: Vec::new(),
             hint: Some(
                 "remove the set-ID bits or capabilities: mount.composefs trusts every path and option of \
                  its caller, so only root may run it",
@@ -161,6 +183,7 @@ fn run() -> Result<(), Failure> {
                 Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure {
                     status: Status::System,
                     message: format!("standard output: cannot write: {error}"),
+                    details: Vec::new(),
                     hint: None,
                 }),
                 _ => Ok(()),
@@ -191,7 +214,8 @@ fn mount(arguments: &Arguments) -> Result<(), Failure> {
     let mount_point = open_mount_point(arguments.mount_point.as_os_str())?;
     let mut report = |event: Event| {
         match event {
-            Event::Copying(progress) => bar.draw(progress),
+            Event::Copying(progress) => bar.draw("copying", progress.done, progress.total),
+            Event::Checking(progress) => bar.draw("checking", progress.done, progress.total),
             event => {
                 bar.clear();
                 say(&event);
@@ -255,7 +279,7 @@ fn remount(arguments: &Arguments) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A progress bar in the last line of a terminal, for copies that last longer than half a second.
+/// A progress bar in the last line of a terminal, for work that lasts longer than half a second.
 struct Bar {
     wanted: bool,
     drawn: bool,
@@ -269,17 +293,18 @@ impl Bar {
         Bar { wanted, drawn: false, next: Instant::now() + Duration::from_millis(500) }
     }
 
-    fn draw(&mut self, progress: Progress) {
+    fn draw(&mut self, work: &str, done: u64, total: u64) {
         let now = Instant::now();
         if !self.wanted || now < self.next {
             return;
         }
         self.next = now + Duration::from_millis(100);
-        let Progress { done, total, .. } = progress;
-        let filled = (done * Bar::WIDTH / total.max(1)) as usize;
-        let (bar, percent) = ("#".repeat(filled), done * 100 / total.max(1));
+        // A total may be an estimate.
+        let share =
+            |width: u64| (done as u128 * width as u128 / total.max(1) as u128).min(width.into());
+        let (bar, percent) = ("#".repeat(share(Bar::WIDTH) as usize), share(100));
         let width = Bar::WIDTH as usize;
-        print_error(&format!("\rcopying [{bar:<width$}] {percent:3}%"));
+        print_error(&format!("\r{work} [{bar:<width$}] {percent:3}%"));
         self.drawn = true;
     }
 

@@ -90,4 +90,7 @@ pub enum VerityUnavailable {
     /// The file has fs-verity with another hash algorithm than the expected digest.
     #[error("the fs-verity digest of the file is not a {0} digest")]
     OtherAlgorithm(Algorithm),
+    /// The image does not hold the digest of an object, so overlayfs cannot compare it.
+    #[error("the image does not hold the fs-verity digest of an object")]
+    NoDigest,
 }

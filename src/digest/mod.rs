@@ -1,5 +1,6 @@
 //! fs-verity digests: text, Merkle tree, the kernel's measurement, and computation on all CPUs.
 
+pub(crate) mod batch;
 pub(crate) mod measure;
 pub(crate) mod parallel;
 mod text;

@@ -4,7 +4,7 @@
 use std::io::{self, ErrorKind, Read};
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, TrySendError};
 use std::sync::{Mutex, PoisonError};
 
@@ -16,7 +16,7 @@ use crate::digest::text::{Algorithm, Digest};
 use crate::digest::tree::{Hash, MerkleTree};
 use crate::util::io::read_at;
 use crate::util::memory::{threads_that_fit, try_buffers, try_filled};
-use crate::util::threads::{run_parallel, useful_threads};
+use crate::util::threads::{Stop, run_parallel, useful_threads};
 
 /// The number of bytes that a thread reads and hashes at a time. The cost of a system call is small against
 /// it, and the bytes stay in the cache of the core. Threads stop within a piece.
@@ -116,40 +116,6 @@ impl SpanReader {
             return Err(Halted::Cancelled.into());
         }
         Ok(hashes.into_inner())
-    }
-}
-
-/// Tells threads to stop.
-#[derive(Default)]
-struct Stop(AtomicBool);
-
-impl Stop {
-    fn set(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    fn is_set(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// Returns a guard that stops the threads when it is dropped, unless its own thread finished.
-    fn unless_finished(&self) -> StopGuard<'_> {
-        StopGuard(self)
-    }
-}
-
-/// Stops the threads on an error, and when its thread unwinds.
-struct StopGuard<'a>(&'a Stop);
-
-impl StopGuard<'_> {
-    fn finished(self) {
-        std::mem::forget(self);
-    }
-}
-
-impl Drop for StopGuard<'_> {
-    fn drop(&mut self) {
-        self.0.set();
     }
 }
 

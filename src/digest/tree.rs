@@ -14,7 +14,10 @@ use sha2::{Digest as _, Sha256, Sha512};
 use crate::digest::text::{Algorithm, Digest};
 
 /// The size of a block of the Merkle tree, in bytes.
-const MERKLE_BLOCK_SIZE: usize = 4096;
+pub(crate) const MERKLE_BLOCK_SIZE: usize = 4096;
+
+/// A block of data, or of hashes.
+pub(crate) type Block = [u8; MERKLE_BLOCK_SIZE];
 
 impl Digest {
     /// Computes the fs-verity digest of `data`, with blocks of 4096 bytes and no salt, in the calling
@@ -85,7 +88,12 @@ impl MerkleTree {
                 .collect();
         }
         // The root of an empty file is all zeros.
-        let root = level.first().copied().unwrap_or([0; 64]);
+        self.digest_of_root(level.first().unwrap_or(&[0; 64]))
+    }
+
+    /// Returns the digest of the file, from the root of its tree.
+    pub fn digest_of_root(&self, root: &Hash) -> Digest {
+        let size = self.algorithm.digest_size();
         // struct fsverity_descriptor
         let mut descriptor = [0; 256];
         descriptor[0] = 1; // version
@@ -110,36 +118,12 @@ impl SpanHasher {
     /// Adds the next blocks of the span. Only the last block of the file may be short.
     pub fn update(&mut self, data: &[u8]) {
         let (blocks, rest) = data.as_chunks::<MERKLE_BLOCK_SIZE>();
-        match self.tree.algorithm {
-            Algorithm::Sha256 => self.update_by(blocks, sha256::hash_two_blocks),
-            Algorithm::Sha512 => self.update_by(blocks, sha512::hash_eight_blocks),
-        }
+        let algorithm = self.tree.algorithm;
+        hash_blocks(algorithm, blocks, blocks.len(), &mut |hash| self.hashes.push(hash));
         if !rest.is_empty() {
             let mut block = [0; MERKLE_BLOCK_SIZE];
             block[..rest.len()].copy_from_slice(rest);
-            self.hashes.push(&hash(self.tree.algorithm, &block));
-        }
-    }
-
-    /// Hashes N blocks at a time if the CPU has instructions for that, and the rest one by one.
-    fn update_by<const N: usize, const SIZE: usize>(
-        &mut self,
-        blocks: &[[u8; MERKLE_BLOCK_SIZE]],
-        hash_several: impl Fn(&[[u8; MERKLE_BLOCK_SIZE]; N]) -> Option<[[u8; SIZE]; N]>,
-    ) {
-        let (groups, rest) = blocks.as_chunks::<N>();
-        for group in groups {
-            match hash_several(group) {
-                Some(hashes) => hashes.iter().for_each(|hash| self.hashes.push(hash)),
-                None => self.update_singly(group),
-            }
-        }
-        self.update_singly(rest);
-    }
-
-    fn update_singly(&mut self, blocks: &[[u8; MERKLE_BLOCK_SIZE]]) {
-        for block in blocks {
-            self.hashes.push(&hash(self.tree.algorithm, block));
+            self.hashes.push(&hash(algorithm, &block));
         }
     }
 
@@ -181,7 +165,47 @@ impl HashBlock {
     }
 }
 
-fn hash(algorithm: Algorithm, block: &[u8; MERKLE_BLOCK_SIZE]) -> Hash {
+/// Hashes the first `count` blocks, which may belong to several files. Calls `each` with each hash, in order.
+/// The content of the other blocks does not matter: they fill the last group.
+pub(crate) fn hash_blocks(
+    algorithm: Algorithm,
+    blocks: &[Block],
+    count: usize,
+    each: &mut dyn FnMut(&[u8]),
+) {
+    match algorithm {
+        Algorithm::Sha256 => hash_by(algorithm, blocks, count, sha256::hash_two_blocks, each),
+        Algorithm::Sha512 => hash_by(algorithm, blocks, count, sha512::hash_eight_blocks, each),
+    }
+}
+
+/// The smallest number of blocks that the CPU hashes faster in a group than one by one. With SHA-256, a
+/// group has two blocks.
+const GROUP_MIN: usize = 3;
+
+/// Hashes N blocks at a time if the CPU has instructions for that, and the rest one by one.
+fn hash_by<const N: usize, const SIZE: usize>(
+    algorithm: Algorithm,
+    blocks: &[Block],
+    count: usize,
+    hash_several: impl Fn(&[Block; N]) -> Option<[[u8; SIZE]; N]>,
+    each: &mut dyn FnMut(&[u8]),
+) {
+    let (groups, _) = blocks.as_chunks::<N>();
+    let mut done = 0;
+    for group in groups {
+        let wanted = N.min(count - done);
+        if wanted < N.min(GROUP_MIN) {
+            break;
+        }
+        let Some(hashes) = hash_several(group) else { break };
+        hashes.iter().take(wanted).for_each(|hash| each(hash));
+        done += wanted;
+    }
+    blocks[done..count].iter().for_each(|block| each(&hash(algorithm, block)));
+}
+
+fn hash(algorithm: Algorithm, block: &Block) -> Hash {
     let mut hash = [0; 64];
     match algorithm {
         Algorithm::Sha256 => hash[..32].copy_from_slice(&Sha256::digest(block)),

@@ -110,6 +110,8 @@ impl KernelError {
                 Operation::CreateSuperblock,
                 Errno::INVAL | Errno::UCLEAN | Errno::OPNOTSUPP | Errno::BADMSG,
             ) if self.file_system == Some("erofs") => ErrorKind::NotAnImage,
+            // EROFS fails with EUCLEAN (EFSCORRUPTED) for a damaged inode, directory or xattr.
+            (Operation::ListObjects, Errno::UCLEAN | Errno::OPNOTSUPP) => ErrorKind::NotAnImage,
             _ => ErrorKind::Io,
         }
     }
@@ -262,6 +264,12 @@ pub enum Operation {
     /// openat2(2) and read(2) of a file of the image, through the finished mount.
     #[error("read the file through the mount")]
     ReadThrough,
+    /// open(2), getdents(2), stat(2) and getxattr(2) of the directories and files of a mounted image.
+    #[error("list the objects of the image")]
+    ListObjects,
+    /// open(2), stat(2) and pread(2) of an object.
+    #[error("read the object")]
+    ReadObject,
     /// fstat(2) or statx(2) of a directory that becomes a layer.
     #[error("stat the directory")]
     StatDirectory,
@@ -378,7 +386,10 @@ impl Operation {
             Operation::WriteRecord | Operation::ReadRecord => {
                 Some("run as root, which owns the directory of the records")
             }
-            Operation::ReadImage | Operation::MeasureVerity | Operation::SampleObjects => Some(
+            Operation::ReadImage
+            | Operation::MeasureVerity
+            | Operation::SampleObjects
+            | Operation::ReadObject => Some(
                 "check the permissions of the files; if you are root, a security module or a seccomp \
                  filter denied the call",
             ),

@@ -12,6 +12,8 @@ pub enum ErrorKind {
     NotAnImage,
     /// The image, or an object, has another fs-verity digest than the expected one.
     DigestMismatch,
+    /// Objects of the image are missing, or have another size or content than the image needs.
+    ObjectsDamaged,
     /// The kernel or the file system cannot verify the image or the objects, as the options require.
     VerityUnavailable,
     /// A file or directory does not exist.

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 
 use crate::digest::Digest;
 use crate::location::{Location, proc_fd_path};
+use crate::objects::ObjectCheck;
 use crate::options::{MountFlags, MountOptions, OptionsError};
 use crate::overlay::{Atime, MountAttributes, SuperblockFlags, UpperLayer, Verity};
 use crate::source::{MemoryKind, SizeLimit};
@@ -119,6 +120,9 @@ impl MountOptions {
             Some(Verity::Try) => text.value("verity", &[b"try".to_vec()]),
             Some(Verity::Off) => text.flag("noverity"),
             None => {}
+        }
+        if let Some(check) = self.overlay.check {
+            text.value("check", &[check.name().into()]);
         }
         match self.copy {
             Some(MemoryKind::Memfd) => text.value("copy", &[b"memfd".to_vec()]),
@@ -414,6 +418,7 @@ impl Draft {
                 token.flag("noverity")?;
                 (options.overlay.verity, self.tryverity) = (Some(Verity::Off), false);
             }
+            b"check" => options.overlay.check = Some(check(token)?),
             b"copy" => options.copy = Some(memory(token)?),
             b"size" => options.size = Some(size_limit(token)?),
             b"idmap" => options.idmap = Some(token.location("idmap")?),
@@ -535,6 +540,14 @@ fn memory(token: &Token) -> Result<MemoryKind, OptionsError> {
         b"ramfs" => Ok(MemoryKind::Ramfs),
         _ => Err(OptionsError::BadValue { option: "copy", value, expected: "memfd or ramfs" }),
     }
+}
+
+fn check(token: &Token) -> Result<ObjectCheck, OptionsError> {
+    let value = token.value("check")?;
+    let checks = [ObjectCheck::Off, ObjectCheck::Sample, ObjectCheck::All, ObjectCheck::Content];
+    let found = checks.into_iter().find(|check| check.name().as_bytes() == value.as_bytes());
+    let expected = "none, sample, all or content";
+    found.ok_or(OptionsError::BadValue { option: "check", value, expected })
 }
 
 /// Parses the value of `verity`, which may be left out.

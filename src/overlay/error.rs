@@ -6,6 +6,7 @@ use crate::digest::{Digest, VerityUnavailable};
 use crate::erofs::ErofsError;
 use crate::kernel::{ErrorKind, Hint, KernelError, errno_text};
 use crate::location::{DirectoryError, DirectoryRole};
+use crate::objects::{CheckReport, ObjectsError};
 use crate::util::text::shown;
 
 /// The reason why an overlay cannot be mounted.
@@ -134,6 +135,24 @@ pub enum OverlayError {
         /// The digest that the kernel measures.
         found: Box<Digest>,
     },
+    /// Objects of the image fail the check that the options request.
+    #[error(
+        "{}: cannot use the objects: {} of {} objects failed the check",
+        shown(image),
+        report.failed,
+        report.objects
+    )]
+    #[non_exhaustive]
+    ObjectsDamaged {
+        /// The path of the image.
+        image: PathBuf,
+        /// The report, which names the first objects that fail.
+        report: Box<CheckReport>,
+    },
+
+    /// The objects of the image cannot be listed.
+    #[error(transparent)]
+    Objects(#[from] ObjectsError),
 
     /// The EROFS mount cannot be cloned for the overlay.
     #[error(transparent)]
@@ -148,10 +167,19 @@ impl OverlayError {
     /// Returns the failed system call, if the error is one.
     pub fn kernel(&self) -> Option<&KernelError> {
         match self {
+            OverlayError::Objects(error) => error.kernel(),
             OverlayError::Erofs(error) => error.kernel(),
             OverlayError::Kernel(error) | OverlayError::ObjectsOnOverlay { source: error, .. } => {
                 Some(error)
             }
+            _ => None,
+        }
+    }
+
+    /// Returns the report of the check, if objects fail it.
+    pub fn check_report(&self) -> Option<&CheckReport> {
+        match self {
+            OverlayError::ObjectsDamaged { report, .. } => Some(report),
             _ => None,
         }
     }
@@ -161,6 +189,7 @@ impl OverlayError {
     pub fn raw_os_error(&self) -> Option<i32> {
         match self {
             OverlayError::Directory(error) => Some(error.raw_os_error()),
+            OverlayError::Objects(error) => error.raw_os_error(),
             OverlayError::Erofs(error) => error.raw_os_error(),
             _ => self.kernel().map(KernelError::raw_os_error),
         }
@@ -179,6 +208,8 @@ impl OverlayError {
             | OverlayError::NoObjectDigest { .. } => ErrorKind::VerityUnavailable,
             OverlayError::ObjectMissing { .. } => ErrorKind::NotFound,
             OverlayError::ObjectMismatch { .. } => ErrorKind::DigestMismatch,
+            OverlayError::ObjectsDamaged { .. } => ErrorKind::ObjectsDamaged,
+            OverlayError::Objects(error) => error.kind(),
             OverlayError::Erofs(error) => error.kind(),
             OverlayError::Kernel(error) | OverlayError::ObjectsOnOverlay { source: error, .. } => {
                 error.kind()
@@ -238,6 +269,11 @@ impl OverlayError {
             OverlayError::ObjectMismatch { .. } => {
                 Hint::new("restore the object: the object is damaged, or was replaced")
             }
+            OverlayError::ObjectsDamaged { .. } => Hint::of_types_or_options(
+                "get the named objects again, or set ObjectCheck::Off to mount without the check",
+                "get the named objects again, or add check=none to mount without the check",
+            ),
+            OverlayError::Objects(error) => return error.hint(),
             OverlayError::Erofs(error) => return error.hint(),
             OverlayError::Kernel(error) => return error.hint(),
             _ => return None,

@@ -11,6 +11,7 @@ mod stacking;
 
 use std::ffi::OsString;
 use std::fmt;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 
@@ -24,6 +25,9 @@ use crate::kernel::mount::Mount;
 use crate::kernel::private_namespace::in_private_namespace;
 use crate::kernel::{KernelError, Operation, Unsupported};
 use crate::location::{DirectoryRole, Location};
+use crate::objects::check::{Check, OnCheckProgress, VerityNeed};
+use crate::objects::store::Store;
+use crate::objects::{CheckProgress, CheckReport, ObjectCheck};
 use crate::source::Source;
 
 use attached::AttachedLayers;
@@ -31,7 +35,7 @@ pub use error::OverlayError;
 use first_read::{SampledFile, read_files, sample_files, without_object};
 use layers::{Layer, Layers, Upper};
 pub use method::LayerMethod;
-use objects::check_verity;
+use objects::{check_samples, check_support};
 pub use options::{
     Atime, MountAttributes, OverlayOptions, SelinuxContexts, SuperblockFlags, UpperLayer, Verity,
 };
@@ -51,7 +55,7 @@ pub enum ObjectVerity {
     /// Objects are not verified ([`Verity::Try`]): the kernel's overlayfs does not know `verity=require`, or
     /// cannot open objects with it (Linux 7.0).
     UnsupportedByOverlay,
-    /// Objects are not verified ([`Verity::Try`]): sampled objects would fail the check.
+    /// Objects are not verified ([`Verity::Try`]): objects would fail the check.
     UnsupportedByObjects(VerityUnavailable),
     /// Objects are not verified ([`Verity::Try`]): the image has no digests of objects.
     UnsupportedByImage,
@@ -66,6 +70,9 @@ impl fmt::Display for ObjectVerity {
             ObjectVerity::UnsupportedByOverlay => f.write_str(
                 "objects are not verified: this kernel's overlayfs does not support verity=require",
             ),
+            ObjectVerity::UnsupportedByObjects(reason @ VerityUnavailable::NoDigest) => {
+                write!(f, "objects are not verified: {reason}")
+            }
             ObjectVerity::UnsupportedByObjects(reason) => {
                 write!(f, "objects are not verified: in an object directory, {reason}")
             }
@@ -88,6 +95,8 @@ pub struct OverlayReport {
     pub verity: ObjectVerity,
     /// Whether another overlay can be mounted on the mount.
     pub stacking: Stacking,
+    /// The report of the check of the objects, with [`ObjectCheck::All`] and [`ObjectCheck::Content`].
+    pub check: Option<CheckReport>,
 }
 
 /// Object directories and an upper layer, opened and checked: everything of an overlay except the image.
@@ -110,15 +119,17 @@ pub struct OverlayReport {
 pub struct Overlay {
     layers: Layers,
     options: OverlayOptions,
-    /// The result of the sampling of objects, if it is known already.
+    /// The result of the checks of the object directories, if it is known already.
     objects: Option<Result<(), VerityUnavailable>>,
 }
 
 impl OverlayOptions {
     /// Opens the directories and checks them.
     ///
-    /// With [`Verity::Require`], up to four objects of each directory are sampled, and a directory is
-    /// rejected if one of them lacks fs-verity. Later changes of the paths have no effect.
+    /// With [`Verity::Require`] and [`ObjectCheck::Sample`], up to four objects of each directory are sampled,
+    /// and a directory is rejected if one of them lacks fs-verity. With [`ObjectCheck::All`] and
+    /// [`ObjectCheck::Content`], only the file system of each directory is checked. The objects are checked
+    /// when the image is mounted. Later changes of the paths have no effect.
     ///
     /// # Errors
     ///
@@ -135,7 +146,7 @@ impl OverlayOptions {
         layers.check()?;
         let mut overlay = Overlay { layers, options: self.clone(), objects: None };
         if let Some(verity) = self.verity {
-            overlay.objects = overlay.check_objects(verity)?;
+            overlay.objects = overlay.check_directories(verity)?;
         }
         Ok(overlay)
     }
@@ -168,16 +179,98 @@ impl ImageLayer<'_> {
 }
 
 impl Overlay {
-    /// Samples the objects. With [`Verity::Require`], fails if they cannot be verified.
-    fn check_objects(
+    /// Checks every object that an image refers to. With [`ObjectCheck::All`] and [`ObjectCheck::Content`],
+    /// `events` reports the progress: at most a hundred times a second, in the calling thread. If `events`
+    /// returns [`ControlFlow::Break`], the check ends. At most eight threads are used, the calling thread
+    /// included.
+    ///
+    /// [`OverlayOptions::verity`] decides whether each object needs fs-verity. Nothing is mounted, so a program
+    /// can check an update before it restarts the system:
+    ///
+    /// ```no_run
+    /// use std::ops::ControlFlow;
+    ///
+    /// use sealmount::{Error, Image, ObjectCheck, OverlayOptions};
+    ///
+    /// fn check() -> Result<(), Error> {
+    ///     let overlay = OverlayOptions::new("/images/objects").open()?;
+    ///     let erofs = Image::open("/images/update.cfs")?.trust()?.mount()?;
+    ///     let mut progress = |_| ControlFlow::Continue(());
+    ///     let report = overlay.check_objects(&erofs, ObjectCheck::All, &mut progress)?;
+    ///     println!("{report}");
+    ///     Ok(())
+    /// }
+    ///
+    /// if let Err(error) = check() {
+    ///     eprintln!("{error}");
+    ///     for failure in error.check_report().iter().flat_map(|report| &report.failures) {
+    ///         eprintln!("  {failure}");
+    ///     }
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`OverlayError::ObjectsDamaged`], with the report, if objects fail the check.
+    /// [`OverlayError::Objects`] if the image cannot be read, or if `events` ended the check.
+    pub fn check_objects(
+        &self,
+        image: &ErofsMount,
+        check: ObjectCheck,
+        events: &mut dyn FnMut(CheckProgress) -> ControlFlow<()>,
+    ) -> Result<CheckReport, OverlayError> {
+        let verity = match self.verity_of(image) {
+            Verity::Require => VerityNeed::Required,
+            Verity::Try => VerityNeed::IfAvailable,
+            Verity::Off => VerityNeed::None,
+        };
+        let directories = self.layers.objects.iter().map(|layer| layer.fd.as_fd());
+        let store = Store::new(directories)
+            .map_err(|errno| KernelError::new(Operation::StatDirectory, errno))?;
+        let report = Check { image, store, check, verity }.run(events)?;
+        if report.failed > 0 {
+            let (image, report) = (image.source().path().to_owned(), Box::new(report));
+            return Err(OverlayError::ObjectsDamaged { image, report });
+        }
+        Ok(report)
+    }
+
+    /// Checks the objects of an image as the options request.
+    pub(crate) fn check_before_mount(
+        &self,
+        image: &ErofsMount,
+        events: OnCheckProgress,
+    ) -> Result<Option<CheckReport>, OverlayError> {
+        match self.options.effective_check() {
+            ObjectCheck::Off | ObjectCheck::Sample => Ok(None),
+            check => self.check_objects(image, check, events).map(Some),
+        }
+    }
+
+    /// Returns the verification of objects for an image: the option, or its default.
+    fn verity_of(&self, image: &ErofsMount) -> Verity {
+        self.options.verity.unwrap_or(match image.source().digest() {
+            Some(_) => Verity::Require,
+            None => Verity::Off,
+        })
+    }
+
+    /// Checks that the kernel can verify objects, as far as the directories and some samples tell. With
+    /// [`Verity::Require`], fails if the kernel cannot.
+    fn check_directories(
         &self,
         verity: Verity,
     ) -> Result<Option<Result<(), VerityUnavailable>>, OverlayError> {
+        let check_directory = match self.options.effective_check() {
+            ObjectCheck::Off => return Ok(None),
+            ObjectCheck::Sample => check_samples,
+            ObjectCheck::All | ObjectCheck::Content => check_support,
+        };
         if verity == Verity::Off {
             return Ok(None);
         }
         for layer in &self.layers.objects {
-            match (check_verity(layer), verity) {
+            match (check_directory(layer), verity) {
                 (Ok(()), _) => {}
                 (Err(OverlayError::ObjectsVerityUnavailable { reason, .. }), Verity::Try) => {
                     return Ok(Some(Err(reason)));
@@ -188,21 +281,20 @@ impl Overlay {
         Ok(Some(Ok(())))
     }
 
-    /// Mounts the overlay on an image, detached. Notes unsupported methods in `unsupported`, also if the
-    /// mount fails.
+    /// Mounts the overlay on an image, detached. `check` is the report of
+    /// [`check_before_mount`](Self::check_before_mount). Notes unsupported methods in `unsupported`, also if
+    /// the mount fails.
     pub(crate) fn mount_noting(
         &self,
         image: ImageLayer,
+        check: Option<CheckReport>,
         unsupported: &mut Vec<Unsupported<LayerMethod>>,
     ) -> Result<(Mount, OverlayReport), OverlayError> {
-        let digest = image.get().source().digest();
-        let verity = self.options.verity.unwrap_or(match digest {
-            Some(_) => Verity::Require,
-            None => Verity::Off,
-        });
-        let objects = match self.objects {
-            Some(objects) => Some(objects),
-            None => self.check_objects(verity)?,
+        let verity = self.verity_of(image.get());
+        let objects = match (check.as_ref().and_then(|report| report.unverified), self.objects) {
+            (Some(reason), _) => Some(Err(reason)),
+            (None, Some(objects)) => Some(objects),
+            (None, None) => self.check_directories(verity)?,
         };
         let verity = if matches!(objects, Some(Err(_))) { Verity::Off } else { verity };
         let files = match verity {
@@ -227,7 +319,7 @@ impl Overlay {
             _ => enforced,
         };
         let unsupported = unsupported.clone();
-        Ok((Mount::new(fd), OverlayReport { method, unsupported, verity, stacking }))
+        Ok((Mount::new(fd), OverlayReport { method, unsupported, verity, stacking, check }))
     }
 
     /// Returns sampled files of the image whose object is in no object directory. Finds none if the image

@@ -15,15 +15,22 @@ use crate::overlay::layers::Layer;
 /// The number of objects that are sampled in a directory.
 const SAMPLES: usize = 4;
 
+/// Rejects an object directory whose file system does not support fs-verity.
+pub(crate) fn check_support(layer: &Layer) -> Result<(), OverlayError> {
+    let path = layer.path();
+    let failed = |errno| KernelError::new(Operation::SampleObjects, errno).on(&path);
+    // If the file system supports fs-verity, a directory is measured like a file without fs-verity.
+    require_verity(&open_readable(&layer.fd).map_err(failed)?, &path, false)
+}
+
 /// Samples objects of a directory, and rejects the directory if one of them lacks fs-verity.
 ///
 /// overlayfs checks an object when the object is opened. With `verity=require` and objects without
 /// fs-verity, the mount succeeds and every read fails.
-pub(crate) fn check_verity(layer: &Layer) -> Result<(), OverlayError> {
+pub(crate) fn check_samples(layer: &Layer) -> Result<(), OverlayError> {
     let path = layer.path();
     let failed = |errno| KernelError::new(Operation::SampleObjects, errno).on(&path);
     let directory = open_readable(&layer.fd).map_err(failed)?;
-    // If the file system supports fs-verity, a directory is measured like a file without fs-verity.
     require_verity(&directory, &path, false)?;
     for (object, name) in sample(&directory).map_err(failed)? {
         require_verity(&object, &path.join(name), true)?;

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use crate::kernel::SELINUX_CONTEXTS;
 use crate::location::Location;
+use crate::objects::ObjectCheck;
 
 /// The options of an overlay of an image and its object directories.
 ///
@@ -23,6 +24,8 @@ pub struct OverlayOptions {
     /// `verity=`: the verification of objects against the fs-verity digests in the image. `None` means
     /// [`Verity::Require`] if the digest of the image was verified, else [`Verity::Off`].
     pub verity: Option<Verity>,
+    /// `check=`: the check of the objects before the mount. `None` means [`ObjectCheck::Sample`].
+    pub check: Option<ObjectCheck>,
     /// `upperdir=`, `workdir=`: a layer that receives changes. Without it the mount is read-only.
     pub upper: Option<UpperLayer>,
     /// `ro`: read-only, also with an upper layer.
@@ -45,6 +48,11 @@ impl OverlayOptions {
     /// Returns the default options with one object directory.
     pub fn new(objects: impl Into<Location>) -> OverlayOptions {
         OverlayOptions { objects: vec![objects.into()], ..OverlayOptions::default() }
+    }
+
+    /// Returns the check of the objects: [`check`](Self::check), or its default.
+    pub fn effective_check(&self) -> ObjectCheck {
+        self.check.unwrap_or(ObjectCheck::Sample)
     }
 
     /// Returns whether the mount cannot be written to.

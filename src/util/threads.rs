@@ -1,7 +1,7 @@
 //! Threads: a thread with state that other threads must not see (a working directory, a mount namespace), and
 //! threads that share work.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rustix::io::Errno;
 use rustix::thread::{sched_getaffinity, sched_setaffinity};
@@ -90,6 +90,40 @@ where
         }
         result
     })
+}
+
+/// Tells threads to stop.
+#[derive(Default)]
+pub(crate) struct Stop(AtomicBool);
+
+impl Stop {
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Returns a guard that stops the threads when it is dropped, unless its own thread finished.
+    pub fn unless_finished(&self) -> StopGuard<'_> {
+        StopGuard(self)
+    }
+}
+
+/// Stops the threads on an error, and when its thread unwinds.
+pub(crate) struct StopGuard<'a>(&'a Stop);
+
+impl StopGuard<'_> {
+    pub fn finished(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for StopGuard<'_> {
+    fn drop(&mut self) {
+        self.0.set();
+    }
 }
 
 /// Moves the calling thread to another CPU if it runs on this one.

@@ -188,6 +188,8 @@ const CALLS: &[SystemCall] = &[
         &[EAGAIN, EBUSY, ENODATA, ENOTTY, ENXIO, EOPNOTSUPP],
         &[EBADF, EFAULT, EOVERFLOW, EFBIG, ENOENT],
     ),
+    // ENODATA means that a file has no object, so no run can tell it from the truth.
+    call("lgetxattr", libc::SYS_lgetxattr, &[], &[E2BIG, EFAULT, ENOENT, ENOTDIR]),
     call("lseek", libc::SYS_lseek, &[], &[EBADF, EOVERFLOW, ESPIPE]),
     call("madvise", libc::SYS_madvise, &[], &[EBADF, EFAULT, EHWPOISON]),
     call("memfd_create", libc::SYS_memfd_create, &[EINVAL], &[EFAULT]),

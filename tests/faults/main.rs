@@ -103,7 +103,7 @@ fn run(scenario: &Scenario, all: bool) -> Option<(Row, Vec<String>)> {
     }
     // The number of yields of a waiting thread differs from run to run.
     record.retain(|recorded| recorded.call.number != libc::SYS_sched_yield || recorded.nth == 0);
-    mark_many(&mut record);
+    mark_many(&mut record, scenario.name.starts_with("check="));
     let mut problems = Vec::new();
     for (recorded, fault) in faults(&record, scenario, &arguments[0], all) {
         let mut injected = 0;
@@ -162,14 +162,32 @@ fn trace(
     tracer::run(command, TIME_LIMIT, decide)
 }
 
+/// The calls of a check for each file and each object.
+const OF_EACH_OBJECT: [i64; 9] = [
+    libc::SYS_close,
+    libc::SYS_fchdir,
+    libc::SYS_fstat,
+    libc::SYS_getdents64,
+    libc::SYS_lgetxattr,
+    libc::SYS_newfstatat,
+    libc::SYS_openat2,
+    libc::SYS_pread64,
+    libc::SYS_statx,
+];
+
 /// Marks calls in a row of similar calls, except the first two and the last. Such rows are whiteouts
-/// for 256 names, and reads of a file of /proc in pieces.
-fn mark_many(record: &mut [Recorded]) {
+/// for 256 names, and reads of a file of /proc in pieces. Also marks the calls for most files of an image.
+fn mark_many(record: &mut [Recorded], checks_objects: bool) {
     for row in record.chunk_by_mut(|one, other| one.call.number == other.call.number) {
         if matches!(row[0].call.number, libc::SYS_mknodat | libc::SYS_read) {
             let last = row.len() - 1;
             row.iter_mut().take(last).skip(2).for_each(|recorded| recorded.is_one_of_many = true);
         }
+    }
+    // The check of objects makes the same calls for each file and each object of the image.
+    for recorded in record.iter_mut().filter(|_| checks_objects) {
+        recorded.is_one_of_many |=
+            OF_EACH_OBJECT.contains(&recorded.call.number) && recorded.nth >= 8;
     }
 }
 

@@ -320,6 +320,21 @@ pub const SCENARIOS: &[Scenario] = &[
         outcome: Expected::Failure,
     },
     Scenario {
+        name: "check=content",
+        arguments: |place| place.v1("check=content"),
+        kernel: None,
+        outcome: Expected::Mount,
+    },
+    Scenario {
+        name: "check=all, missing objects",
+        arguments: |place| {
+            let options = format!("basedir={},check=all", place.path("empty"));
+            place.call(&fs::read(V1.image()).unwrap(), &options)
+        },
+        kernel: None,
+        outcome: Expected::Failure,
+    },
+    Scenario {
         name: "tryverity",
         arguments: |place| place.v1("tryverity"),
         kernel: Some(with_verity),

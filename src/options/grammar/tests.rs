@@ -52,6 +52,7 @@ fn invalid_option_is_rejected_by_name() {
         ("digest=", "digest"),
         ("copy=", "copy"),
         ("verity=", "verity"),
+        ("check", "check"),
         ("idmap", "idmap"),
         ("upperdir=", "upperdir"),
         ("context=", "context"),
@@ -73,6 +74,7 @@ fn invalid_option_is_rejected_by_name() {
     }
     assert!(matches!(error("verity=yes"), OptionsError::BadValue { option: "verity", .. }));
     assert!(matches!(error("copy=disk"), OptionsError::BadValue { option: "copy", .. }));
+    assert!(matches!(error("check=most"), OptionsError::BadValue { option: "check", .. }));
     let sizes = "x|-1|+1|1z|%|1%%|-1%|4294967296%|k|1kk|1 k|20000000000g|16e|0x10|1.5g";
     for size in sizes.split('|') {
         let error = error(&format!("copy,size={size}"));
@@ -108,6 +110,19 @@ fn conflicting_options_use_the_last_value() {
     }
     let upper = with_basedir("upperdir=/u,workdir=/w,upperdir=/v").overlay.upper.unwrap();
     assert_eq!((upper.upperdir, upper.workdir), ("/v".into(), "/w".into()));
+}
+
+#[test]
+fn check_option_uses_its_last_value() {
+    for (text, check) in [
+        ("", ObjectCheck::Sample),
+        ("check=none", ObjectCheck::Off),
+        ("check=content,check=sample", ObjectCheck::Sample),
+        ("check=none,check=all", ObjectCheck::All),
+        ("check=content", ObjectCheck::Content),
+    ] {
+        assert_eq!(with_basedir(text).overlay.effective_check(), check, "{text}");
+    }
 }
 
 #[test]
@@ -232,6 +247,9 @@ prop_compose! {
                 any::<u32>().prop_map(SizeLimit::Percent),
             ]),
         )),
+        check in proptest::option::of(prop::sample::select(vec![
+            ObjectCheck::Off, ObjectCheck::Sample, ObjectCheck::All, ObjectCheck::Content,
+        ])),
         idmap in proptest::option::of(locations()),
         upper in proptest::option::of((locations(), locations())),
         read_only: bool,
@@ -250,6 +268,7 @@ prop_compose! {
             overlay: OverlayOptions {
                 objects,
                 verity,
+                check,
                 upper: upper.map(|(upperdir, workdir)| UpperLayer { upperdir, workdir }),
                 read_only,
                 attributes: MountAttributes { nosuid, nodev, noexec, nosymfollow, nodiratime },
@@ -270,7 +289,7 @@ prop_compose! {
 fn texts() -> impl Strategy<Value = OsString> {
     let piece = prop_oneof![
         4 => prop::sample::select(vec![
-            "basedir=/o", "ro", "rw", "copy", "copy=memfd", "copy=ramfs", "size=1m", "size=5%", "verity", "noverity", "tryverity", "verity=try", "nosuid", "suid",
+            "basedir=/o", "ro", "rw", "copy", "copy=memfd", "copy=ramfs", "size=1m", "size=5%", "verity", "noverity", "tryverity", "verity=try", "check=all", "check=none", "nosuid", "suid",
             "noatime", "x-y=z", "sync", "upperdir=/u", "workdir=/w", "comment=c", "idmap=/i", "user",
         ]).prop_map(|text| text.as_bytes().to_vec()),
         4 => prop::sample::select(br"\\\,,,::=".chunks(1).map(<[u8]>::to_vec).collect::<Vec<_>>()),

@@ -2,6 +2,7 @@
 //! bundled images and the mount table, deny permissions, and trace programs.
 #![forbid(unsafe_code)]
 
+pub mod erofs;
 #[cfg(feature = "sandbox")]
 pub mod fixtures;
 pub mod manifest;
@@ -16,6 +17,7 @@ pub mod sandboxing;
 #[cfg(feature = "tracer")]
 pub mod tracer;
 
+pub use erofs::ErofsImage;
 #[cfg(feature = "sandbox")]
 pub use fixtures::{Fixture, V1, V2, large_image};
 pub use manifest::{assert_has_hard_link, assert_is_manifest, assert_is_manifest_mapped};

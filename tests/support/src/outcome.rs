@@ -12,7 +12,7 @@ pub fn mount_and_events(
 ) -> (Result<DetachedMount, Error>, Vec<Event>) {
     let mut events = Vec::new();
     let result = options.mount_with_events(image, &mut |event| {
-        if !matches!(event, Event::Copying(_)) {
+        if !matches!(event, Event::Copying(_) | Event::Checking(_)) {
             events.push(event);
         }
         ControlFlow::Continue(())

@@ -29,6 +29,7 @@ mod machines;
 mod missing;
 mod mounted;
 mod nested;
+mod object_checks;
 mod objects;
 mod parallel;
 mod probe;

@@ -26,7 +26,7 @@ pub const MEMORIES: [MemoryKind; 2] = [MemoryKind::Memfd, MemoryKind::Ramfs];
 #[derive(Debug)]
 pub struct Mounted {
     root: PathBuf,
-    /// All events except the progress of a copy.
+    /// All events except progress.
     pub events: Vec<Event>,
     pub verity: Option<ObjectVerity>,
 }
@@ -48,7 +48,7 @@ pub fn mount_on(
     println!("{}: {}", image.display(), options.to_text().display());
     let mut events = Vec::new();
     let mount = options.mount_with_events(image, &mut |event| {
-        if !matches!(event, Event::Copying(_)) {
+        if !matches!(event, Event::Copying(_) | Event::Checking(_)) {
             println!("  {event}");
             events.push(event);
         }

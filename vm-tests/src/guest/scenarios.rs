@@ -1,8 +1,9 @@
 //! Lists all scenarios.
 
 use super::{
-    basics, boot, cgroup, copies, digest, fallbacks, fault_injection, missing, nested, objects,
-    parallel, probe, remount, source_released, stacking, stages, swap, trees, verity,
+    basics, boot, cgroup, copies, digest, fallbacks, fault_injection, missing, nested,
+    object_checks, objects, parallel, probe, remount, source_released, stacking, stages, swap,
+    trees, verity,
 };
 use crate::scenario::Scenario;
 
@@ -23,6 +24,7 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> + Clone {
         stages::SCENARIOS,
         objects::SCENARIOS,
         nested::SCENARIOS,
+        object_checks::SCENARIOS,
         boot::SCENARIOS,
         remount::SCENARIOS,
         parallel::SCENARIOS,

@@ -1,0 +1,15 @@
+//! The objects that an image refers to: their list, and the check of each.
+
+pub(crate) mod check;
+mod error;
+mod reference;
+mod report;
+pub(crate) mod store;
+mod walk;
+
+pub use error::ObjectsError;
+pub use reference::ImageObject;
+pub use report::{
+    CheckProgress, CheckReport, ObjectCheck, ObjectFailure, ObjectProblem, ObjectProblemKind,
+};
+pub use walk::Objects;
