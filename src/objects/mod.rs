@@ -5,7 +5,7 @@ mod error;
 mod reference;
 mod report;
 pub(crate) mod store;
-mod walk;
+pub(crate) mod walk;
 
 pub use error::ObjectsError;
 pub use reference::ImageObject;

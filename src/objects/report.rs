@@ -16,7 +16,7 @@ pub enum ObjectCheck {
     /// `check=none`: no check.
     Off,
     /// `check=sample`: if the options request verity, up to four objects of each directory are sampled for
-    /// fs-verity.
+    /// fs-verity. Up to four files of the image are read through the mount, before the mount is returned.
     Sample,
     /// `check=all`: every object of the image exists, is a regular file and has the right size. If the
     /// options request verity, the kernel's fs-verity digest of the object is the digest in the image.

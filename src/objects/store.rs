@@ -83,7 +83,7 @@ impl Directory<'_> {
         }
         if !plain.load(Ordering::Relaxed) {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW;
-            resolve(self.fd, Path::new(OsStr::from_bytes(prefix)), flags).ok()?;
+            open_beneath(self.fd, Path::new(OsStr::from_bytes(prefix)), flags).ok()?;
             plain.store(true, Ordering::Relaxed);
         }
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
@@ -98,7 +98,7 @@ impl Found<'_> {
     /// Opens the object for reading.
     pub fn open(&self) -> Result<OwnedFd, ObjectProblem> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        let file = resolve(self.directory, self.object, flags).map_err(unreadable)?;
+        let file = open_beneath(self.directory, self.object, flags).map_err(unreadable)?;
         // Another file may have taken the place of the object meanwhile.
         match regular_size(&file)? == self.size {
             true => Ok(file),
@@ -108,7 +108,7 @@ impl Found<'_> {
 }
 
 fn size_of(directory: BorrowedFd, object: &Path) -> Result<u64, ObjectProblem> {
-    match resolve(directory, object, OFlags::PATH | OFlags::NOFOLLOW) {
+    match open_beneath(directory, object, OFlags::PATH | OFlags::NOFOLLOW) {
         Ok(file) => regular_size(&file),
         Err(Errno::NOENT | Errno::NOTDIR) => Err(ObjectProblem::Missing),
         Err(Errno::LOOP) => Err(ObjectProblem::not_regular(FileType::Symlink)),
@@ -116,10 +116,14 @@ fn size_of(directory: BorrowedFd, object: &Path) -> Result<u64, ObjectProblem> {
     }
 }
 
-/// Opens an object with the rules of overlayfs: LOOKUP_BENEATH, LOOKUP_NO_SYMLINKS and LOOKUP_NO_XDEV.
-fn resolve(directory: BorrowedFd, object: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+/// Opens a file with the rules of overlayfs for objects: LOOKUP_BENEATH, LOOKUP_NO_SYMLINKS and LOOKUP_NO_XDEV.
+pub(crate) fn open_beneath(
+    directory: BorrowedFd,
+    path: &Path,
+    flags: OFlags,
+) -> Result<OwnedFd, Errno> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-    openat2(directory, object, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+    openat2(directory, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)
 }
 
 fn regular_size(file: &OwnedFd) -> Result<u64, ObjectProblem> {

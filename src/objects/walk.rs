@@ -237,7 +237,7 @@ fn open_file(directory: BorrowedFd, name: &CStr) -> Result<OwnedFd, Errno> {
 }
 
 /// Reads the xattrs of overlayfs. Returns `None` if the file has no object.
-fn read_reference(
+pub(crate) fn read_reference(
     inode: u64,
     size: u64,
     get: impl Fn(&CStr, &mut [u8]) -> Result<usize, Errno>,

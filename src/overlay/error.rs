@@ -96,17 +96,6 @@ pub enum OverlayError {
         file: PathBuf,
     },
 
-    /// Verity is required, and the image has no digest for the object of a file.
-    #[error(
-        "{}: cannot enforce verity: the image has no fs-verity digest for the file",
-        shown(file)
-    )]
-    #[non_exhaustive]
-    NoObjectDigest {
-        /// The path of the file in the image.
-        file: PathBuf,
-    },
-
     /// Verity is required, and the object of a file is in no object directory.
     #[error(
         "{}: cannot open the file through the mount: no object directory has its object {}",
@@ -204,8 +193,7 @@ impl OverlayError {
             | OverlayError::WorkdirOnOtherMount { .. } => ErrorKind::InvalidOptions,
             OverlayError::ObjectsVerityUnavailable { .. }
             | OverlayError::VerityUnsupported
-            | OverlayError::VerityBroken { .. }
-            | OverlayError::NoObjectDigest { .. } => ErrorKind::VerityUnavailable,
+            | OverlayError::VerityBroken { .. } => ErrorKind::VerityUnavailable,
             OverlayError::ObjectMissing { .. } => ErrorKind::NotFound,
             OverlayError::ObjectMismatch { .. } => ErrorKind::DigestMismatch,
             OverlayError::ObjectsDamaged { .. } => ErrorKind::ObjectsDamaged,
@@ -234,6 +222,14 @@ impl OverlayError {
                 "enable fs-verity on every object with `fsverity enable`, or add noverity to mount without \
                  checks of the objects",
             ),
+            OverlayError::ObjectsVerityUnavailable {
+                reason: VerityUnavailable::NoDigest, ..
+            } => Hint::of_types_or_options(
+                "make the image again with the digests of its objects, or set Verity::Off to mount without \
+                 checks of the objects",
+                "make the image again with the digests of its objects, or add noverity to mount without \
+                 checks of the objects",
+            ),
             OverlayError::ObjectsVerityUnavailable { .. } => Hint::of_types_or_options(
                 "use ext4 (made or tuned with -O verity) or btrfs, without an overlayfs on top, and a kernel \
                  with CONFIG_FS_VERITY, or \
@@ -255,12 +251,6 @@ impl OverlayError {
                  the objects",
                 "use another kernel (Linux 7.0 has this fault), or add noverity to mount without checks of \
                  the objects",
-            ),
-            OverlayError::NoObjectDigest { .. } => Hint::of_types_or_options(
-                "make the image again with the digests of its objects, or set Verity::Off to mount without \
-                 checks of the objects",
-                "make the image again with the digests of its objects, or add noverity to mount without \
-                 checks of the objects",
             ),
             OverlayError::ObjectMissing { .. } => Hint::of_types_or_options(
                 "copy the object into an object directory, or add its directory to OverlayOptions::objects",

@@ -9,14 +9,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{
-    AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, fgetxattr, fstat, openat, openat2, statat,
-};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fgetxattr, fstat, openat, statat};
 use rustix::io::Errno;
 
 use crate::digest::measure::measure;
 use crate::digest::{Digest, VerityStatus, VerityUnavailable};
 use crate::kernel::{KernelError, Operation};
+use crate::objects::store::open_beneath;
+use crate::objects::walk::read_reference;
 use crate::overlay::error::OverlayError;
 use crate::overlay::layers::Layer;
 
@@ -105,7 +105,9 @@ fn shown_path(path: &Path) -> PathBuf {
 
 /// Returns a file of the image, or `None` if the image holds its content, or the process may not read it.
 fn file_with_object(image: impl AsFd, path: &Path) -> Result<Option<SampledFile>, Errno> {
-    if statat(&image, path, AtFlags::SYMLINK_NOFOLLOW)?.st_size as u64 <= INLINE_MAX {
+    let stat = statat(&image, path, AtFlags::SYMLINK_NOFOLLOW)?;
+    let size = stat.st_size as u64;
+    if size <= INLINE_MAX {
         return Ok(None);
     }
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -113,40 +115,18 @@ fn file_with_object(image: impl AsFd, path: &Path) -> Result<Option<SampledFile>
         Err(errno) if is_denied(errno) => return Ok(None),
         file => file?,
     };
-    let mut buffer = [0; 256];
-    let metacopy = fgetxattr(&file, "trusted.overlay.metacopy", &mut buffer);
-    let digest = match metacopy {
-        Err(Errno::NODATA) => return Ok(None),
-        length => digest_in(&buffer[..length?]),
-    };
-    let redirect = match fgetxattr(&file, "trusted.overlay.redirect", &mut buffer) {
-        // The redirect is not the path of an object.
-        Err(Errno::NODATA | Errno::RANGE) => return Ok(None),
-        length => &buffer[..length?],
-    };
-    let object = redirect.strip_prefix(b"/").unwrap_or(redirect);
+    let reference = read_reference(stat.st_ino, size, |name, value| fgetxattr(&file, name, value))?;
     let path = path.strip_prefix(".").unwrap_or(path).to_owned();
-    Ok(Some(SampledFile { path, object: std::ffi::OsStr::from_bytes(object).into(), digest }))
-}
-
-/// Returns the digest in the value of `trusted.overlay.metacopy`: version, length, flags, algorithm, digest.
-fn digest_in(metacopy: &[u8]) -> Option<Digest> {
-    match metacopy {
-        [0, _, _, 1, digest @ ..] => digest.try_into().ok().map(Digest::Sha256),
-        [0, _, _, 2, digest @ ..] => digest.try_into().ok().map(Digest::Sha512),
-        _ => None,
-    }
+    // Without an object, the redirect is not valid.
+    Ok(reference.and_then(|reference| {
+        Some(SampledFile { path, object: reference.object?, digest: reference.digest })
+    }))
 }
 
 /// Returns whether a security module, or a missing capability, denies a read of the file. Mounting needs
 /// neither.
 fn is_denied(errno: Errno) -> bool {
     matches!(errno, Errno::ACCESS | Errno::PERM)
-}
-
-/// The restrictions of overlayfs for the path of an object.
-fn resolve() -> ResolveFlags {
-    ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV
 }
 
 /// Reads a byte of each file through an overlay with `verity=require`.
@@ -184,7 +164,7 @@ pub(crate) fn read_files(
 /// Opens a file through an overlay. Returns `None` if the upper layer hides or replaces the file, or if the
 /// process may not read it.
 fn open_through(mount: impl AsFd, path: &Path) -> Result<Option<OwnedFd>, Errno> {
-    let open = |flags| openat2(&mount, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve());
+    let open = |flags| open_beneath(mount.as_fd(), path, flags);
     // A device or a FIFO is not opened. With O_PATH, overlayfs does not open the object either.
     let file = match open(OFlags::PATH | OFlags::NOFOLLOW) {
         Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
@@ -212,8 +192,10 @@ fn require_object(file: &SampledFile, objects: &[Layer]) -> Result<(), OverlayEr
         || OverlayError::ObjectMissing { file: file.shown_path(), object: file.object.clone() };
     let (object, path) =
         open_object(file, objects, OFlags::RDONLY | OFlags::NONBLOCK)?.ok_or_else(missing)?;
-    let expected =
-        file.digest.ok_or_else(|| OverlayError::NoObjectDigest { file: file.shown_path() })?;
+    let Some(expected) = file.digest else {
+        let (path, reason) = (file.shown_path(), VerityUnavailable::NoDigest);
+        return Err(OverlayError::ObjectsVerityUnavailable { path, reason });
+    };
     let measured = measure(&object)
         .map_err(|errno| KernelError::new(Operation::MeasureVerity, errno).on(&path))?;
     let reason = match measured {
@@ -237,9 +219,8 @@ fn open_object(
     objects: &[Layer],
     flags: OFlags,
 ) -> Result<Option<(File, PathBuf)>, KernelError> {
-    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     for layer in objects {
-        match openat2(&layer.fd, &file.object, flags, Mode::empty(), resolve()) {
+        match open_beneath(layer.fd.as_fd(), &file.object, flags | OFlags::NOFOLLOW) {
             Ok(object) => return Ok(Some((object.into(), layer.path().join(&file.object)))),
             // overlayfs looks in the next directory.
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {}
@@ -264,22 +245,4 @@ pub(crate) fn without_object(
         }
     }
     Ok(missing)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn metacopy_holds_digest_of_known_algorithm() {
-        let value = |algorithm, length| {
-            [&[0, 4 + length as u8, 0, algorithm][..], &vec![7; length]].concat()
-        };
-        assert_eq!(digest_in(&value(1, 32)), Some(Digest::Sha256([7; 32])));
-        assert_eq!(digest_in(&value(2, 64)), Some(Digest::Sha512([7; 64])));
-        assert_eq!(digest_in(&value(1, 31)), None);
-        assert_eq!(digest_in(&value(3, 32)), None);
-        assert_eq!(digest_in(&value(1, 32)[1..]), None);
-        assert_eq!(digest_in(b""), None);
-    }
 }

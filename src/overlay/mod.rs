@@ -57,8 +57,6 @@ pub enum ObjectVerity {
     UnsupportedByOverlay,
     /// Objects are not verified ([`Verity::Try`]): objects would fail the check.
     UnsupportedByObjects(VerityUnavailable),
-    /// Objects are not verified ([`Verity::Try`]): the image has no digests of objects.
-    UnsupportedByImage,
 }
 
 impl fmt::Display for ObjectVerity {
@@ -75,9 +73,6 @@ impl fmt::Display for ObjectVerity {
             }
             ObjectVerity::UnsupportedByObjects(reason) => {
                 write!(f, "objects are not verified: in an object directory, {reason}")
-            }
-            ObjectVerity::UnsupportedByImage => {
-                f.write_str("objects are not verified: the image has no digests of objects")
             }
         }
     }
@@ -299,6 +294,7 @@ impl Overlay {
         let verity = if matches!(objects, Some(Err(_))) { Verity::Off } else { verity };
         let files = match verity {
             Verity::Off => Vec::new(),
+            _ if self.options.effective_check() == ObjectCheck::Off => Vec::new(),
             Verity::Try => sample_files(image.get()).unwrap_or_default(),
             Verity::Require => sample_files(image.get())?,
         };
@@ -323,8 +319,11 @@ impl Overlay {
     }
 
     /// Returns sampled files of the image whose object is in no object directory. Finds none if the image
-    /// cannot be read.
+    /// cannot be read, or with [`ObjectCheck::Off`].
     pub(crate) fn files_without_object(&self, image: &ErofsMount) -> Vec<SampledFile> {
+        if self.options.effective_check() == ObjectCheck::Off {
+            return Vec::new();
+        }
         sample_files(image)
             .and_then(|files| without_object(files, &self.layers.objects))
             .unwrap_or_default()
@@ -498,7 +497,6 @@ impl Mounting<'_> {
                 ObjectVerity::UnsupportedByObjects(reason)
             }
             OverlayError::VerityBroken { .. } => ObjectVerity::UnsupportedByOverlay,
-            OverlayError::NoObjectDigest { .. } => ObjectVerity::UnsupportedByImage,
             // The file cannot be read, with verity or without.
             _ => ObjectVerity::Enforced,
         })
