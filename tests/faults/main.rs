@@ -175,8 +175,13 @@ const OF_EACH_OBJECT: [i64; 9] = [
     libc::SYS_statx,
 ];
 
+/// The calls whose number depends on the threads that share the work of a check.
+const OF_THREADS: [i64; 5] =
+    [libc::SYS_brk, libc::SYS_futex, libc::SYS_madvise, libc::SYS_mprotect, libc::SYS_munmap];
+
 /// Marks calls in a row of similar calls, except the first two and the last. Such rows are whiteouts
-/// for 256 names, and reads of a file of /proc in pieces. Also marks the calls for most files of an image.
+/// for 256 names, and reads of a file of /proc in pieces. Also marks the calls of a check for most files of
+/// an image, and most calls for its threads.
 fn mark_many(record: &mut [Recorded], checks_objects: bool) {
     for row in record.chunk_by_mut(|one, other| one.call.number == other.call.number) {
         if matches!(row[0].call.number, libc::SYS_mknodat | libc::SYS_read) {
@@ -184,10 +189,10 @@ fn mark_many(record: &mut [Recorded], checks_objects: bool) {
             row.iter_mut().take(last).skip(2).for_each(|recorded| recorded.is_one_of_many = true);
         }
     }
-    // The check of objects makes the same calls for each file and each object of the image.
     for recorded in record.iter_mut().filter(|_| checks_objects) {
-        recorded.is_one_of_many |=
-            OF_EACH_OBJECT.contains(&recorded.call.number) && recorded.nth >= 8;
+        let number = recorded.call.number;
+        recorded.is_one_of_many |= OF_EACH_OBJECT.contains(&number) && recorded.nth >= 8
+            || OF_THREADS.contains(&number) && recorded.nth >= 2;
     }
 }
 
