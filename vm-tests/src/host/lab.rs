@@ -16,7 +16,8 @@ pub struct Lab {
     kept: PathBuf,
     run: PathBuf,
     pub binaries: Binaries,
-    disks: Mutex<HashMap<&'static str, PathBuf>>,
+    /// The images by the name of the disk and the function that fills it.
+    disks: Mutex<HashMap<(&'static str, usize), PathBuf>>,
     pub has_kvm: bool,
     /// The program that runs a machine. Tests of the harness replace it.
     pub qemu: PathBuf,
@@ -61,14 +62,18 @@ impl Lab {
     /// callers must not write to it.
     pub fn disk(&self, disk: &Disk) -> Result<PathBuf, Error> {
         let mut disks = self.disks.lock().expect("no thread panics while it builds a disk");
-        if !disks.contains_key(disk.name) {
-            let image = self.temporary(&format!("{}.disk", disk.name));
-            let content = self.filled(&format!("{}.content", disk.name), disk.fill)?;
-            disks::build(disk, &content, &image)
-                .context(|| format!("cannot make disk {}", disk.name))?;
-            disks.insert(disk.name, image);
+        // Machines may give the same name to disks with different contents.
+        let key = (disk.name, disk.fill as usize);
+        if let Some(image) = disks.get(&key) {
+            return Ok(image.clone());
         }
-        Ok(disks[disk.name].clone())
+        let name = format!("{}-{}", disk.name, disks.len());
+        let image = self.temporary(&format!("{name}.disk"));
+        let content = self.filled(&format!("{name}.content"), disk.fill)?;
+        disks::build(disk, &content, &image)
+            .context(|| format!("cannot make disk {}", disk.name))?;
+        disks.insert(key, image.clone());
+        Ok(image)
     }
 
     /// Creates a directory and fills it with `fill`.
