@@ -17,13 +17,13 @@ use std::path::{Path, PathBuf};
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
-        name: "check_all_on_ext4_with_verity",
+        name: "check_all_reports_bad_objects",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
         run: |guest| check(guest, ObjectCheck::All),
     },
     Scenario {
-        name: "check_content_on_ext4_with_verity",
+        name: "check_content_reports_bad_objects",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
         run: |guest| check(guest, ObjectCheck::Content),

@@ -16,28 +16,28 @@ use std::path::Path;
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
-        name: "stacks_overlay_on_image_from_disk",
+        name: "overlay_stacks_on_image_from_disk",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
-        run: stacks_overlay_on_image_from_disk,
+        run: overlay_stacks_on_image_from_disk,
     },
     Scenario {
-        name: "stacks_overlay_on_image_from_tmpfs",
+        name: "overlay_stacks_on_image_from_tmpfs",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
-        run: stacks_overlay_on_image_from_tmpfs,
+        run: overlay_stacks_on_image_from_tmpfs,
     },
     Scenario {
-        name: "stacks_overlay_on_copies",
+        name: "overlay_stacks_on_copies",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
-        run: stacks_overlay_on_copies,
+        run: overlay_stacks_on_copies,
     },
     Scenario {
-        name: "stacks_overlay_on_upper_layer",
+        name: "overlay_stacks_on_upper_layer",
         machine: &STANDARD,
         time_limit: Scenario::TIME_LIMIT,
-        run: stacks_overlay_on_upper_layer,
+        run: overlay_stacks_on_upper_layer,
     },
     Scenario {
         name: "stacking_is_reported_without_loop",
@@ -47,14 +47,14 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-fn stacks_overlay_on_image_from_disk(guest: &mut Guest) -> Result<(), Error> {
+fn overlay_stacks_on_image_from_disk(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let mounted = mounted::mount(&MountOptions::new(V1.objects_in(&disk)), &V1.image_in(&disk))??;
     assert_source(&mounted, &disk)?;
     assert_stacks(mounted, &disk)
 }
 
-fn stacks_overlay_on_image_from_tmpfs(guest: &mut Guest) -> Result<(), Error> {
+fn overlay_stacks_on_image_from_tmpfs(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let place = Path::new("/mnt/stacking");
     fs::create_dir_all(place)?;
@@ -65,7 +65,7 @@ fn stacks_overlay_on_image_from_tmpfs(guest: &mut Guest) -> Result<(), Error> {
     assert_stacks(mounted, &disk)
 }
 
-fn stacks_overlay_on_copies(guest: &mut Guest) -> Result<(), Error> {
+fn overlay_stacks_on_copies(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let none = MountOptions::new(V1.objects_in(&disk));
     let memfd = mounted::mount(&with_copy(&none, MemoryKind::Memfd), &V1.image_in(&disk))??;
@@ -76,7 +76,7 @@ fn stacks_overlay_on_copies(guest: &mut Guest) -> Result<(), Error> {
     assert_stacks(ramfs, &disk)
 }
 
-fn stacks_overlay_on_upper_layer(guest: &mut Guest) -> Result<(), Error> {
+fn overlay_stacks_on_upper_layer(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let (upperdir, workdir) = (disk.join("below/upper"), disk.join("below/work"));
     fs::create_dir_all(&upperdir)?;
