@@ -30,8 +30,8 @@ const TOO_LARGE: usize = 1024 * 1024;
 /// `STATX_MNT_ID_UNIQUE` (Linux 6.8), which rustix lacks.
 const MNT_ID_UNIQUE: u32 = 0x4000;
 
-/// The options of a mount that the kernel does not show: `digest=`, `copy`, `size=` and `idmap=`. A remount can
-/// compare them if they are recorded ([`AttachedMount::compare`](crate::AttachedMount::compare)).
+/// The options of a mount that the kernel does not show: `digest=`, `copy`, `size=` and `idmap=`. A remount
+/// compares its options with the record ([`AttachedMount::compare`](crate::AttachedMount::compare)).
 ///
 /// ```no_run
 /// # fn f(options: sealmount::MountOptions) -> Result<(), sealmount::Error> {
@@ -51,7 +51,7 @@ pub struct MountRecord {
 }
 
 impl MountOptions {
-    /// Makes the record of a mount with these options, or `None` if the kernel shows all of them.
+    /// Makes the record of a mount with these options. Returns `None` if the kernel shows all of the options.
     ///
     /// # Errors
     ///
@@ -86,12 +86,12 @@ impl MountOptions {
 }
 
 impl MountRecord {
-    /// Writes the record to a file in /run/sealmount that only root can read. Removes the records of mounts
-    /// that the mount namespace does not have, so the mount must be attached.
+    /// Writes the record to a file in /run/sealmount that only root can read. The mount must be attached:
+    /// records of mounts that are not in the mount namespace are removed.
     ///
     /// # Errors
     ///
-    /// [`RecordError`]
+    /// [`RecordError`]: a system call failed, or another user can write to /run/sealmount.
     pub fn write(&self) -> Result<(), RecordError> {
         let directory = make_directory()?;
         let failed = |errno| failed(Operation::WriteRecord, &self.name.path(), errno);
@@ -131,8 +131,8 @@ pub(crate) fn find(mount: impl AsFd) -> Result<Option<MountOptions>, RecordError
 /// The name of a record.
 #[derive(Debug, PartialEq, Eq)]
 struct RecordName {
-    /// The ID of the mount that was the root of the writer. It only tells the mount namespaces apart that share
-    /// /run: a mount of another namespace is not stale.
+    /// The ID of the mount that was the root of the writer. Mount namespaces that share /run have different
+    /// roots, so the record of a mount in another namespace is not stale.
     root: u64,
     mount: u64,
 }
@@ -234,7 +234,7 @@ fn for_each_record(
     Ok(())
 }
 
-/// Removes the records of mounts that the mount namespace of this root does not have any more.
+/// Removes the records of this root whose mounts are gone from the mount namespace.
 fn remove_stale(directory: &OwnedFd, root: u64) -> Result<(), Errno> {
     for_each_record(directory, |file_name, record, _| {
         if record.root == root && sealmount_sys::statmount_exists(record.mount) == Err(Errno::NOENT)
@@ -245,7 +245,7 @@ fn remove_stale(directory: &OwnedFd, root: u64) -> Result<(), Errno> {
     })
 }
 
-/// Writes a record whole: a reader never sees a part of a record.
+/// Writes a record under another name and renames the file, so a reader never sees a part of a record.
 fn write(directory: &OwnedFd, name: &RecordName, text: &[u8]) -> Result<(), Errno> {
     let (name, new) = (name.text(), name.text() + NEW);
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
@@ -321,7 +321,7 @@ impl RecordError {
         match &self.problem {
             RecordProblem::NoUniqueId => Some(Hint::new("use Linux 6.8 or later")),
             RecordProblem::Untrusted => {
-                Some(Hint::new("remove it, and find out which program made it"))
+                Some(Hint::new("remove /run/sealmount, and find the program that changed the directory"))
             }
             RecordProblem::Damaged => None,
             RecordProblem::Kernel(error) => error.hint(),

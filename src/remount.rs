@@ -49,12 +49,12 @@ pub struct RemountReport {
 }
 
 impl AttachedMount {
-    /// Opens the topmost mount on a directory, and checks that it is a composefs mount: an overlay with object
+    /// Opens the topmost mount on a directory, and checks that the mount is an overlay with object
     /// directories. Later changes of the path have no effect.
     ///
     /// # Errors
     ///
-    /// [`RemountError`]
+    /// [`RemountError`]: the directory is not the root of a mount, or the mount is not a composefs mount.
     pub fn open(mount_point: impl Into<Location>) -> Result<AttachedMount, RemountError> {
         let mount_point = mount_point.into();
         let fd = mount_point.open_directory(DirectoryRole::MountPoint)?;
@@ -92,8 +92,8 @@ impl AttachedMount {
     /// Checks that the mount has all options that a remount cannot change, and returns the new flags.
     ///
     /// The kernel shows the layers, `verity=require` and SELinux contexts. `digest=`, `copy`, `size=` and
-    /// `idmap=` are compared with the record ([`MountRecord`](crate::MountRecord)). A path may also be another path of the
-    /// directory in use.
+    /// `idmap=` are compared with the record ([`MountRecord`](crate::MountRecord)). Another path of a
+    /// directory in use is accepted. `tryverity` and `check=` are accepted for each mount.
     ///
     /// # Errors
     ///
@@ -106,8 +106,8 @@ impl AttachedMount {
         }
     }
 
-    /// Compares as [`compare`](Self::compare) does, and also returns the names of unknown options, for `-s` of
-    /// mount(8).
+    /// Compares as [`compare`](Self::compare) does, and also returns the names of unknown options. The option
+    /// `-s` of mount(8) needs these names.
     ///
     /// # Errors
     ///
@@ -219,7 +219,8 @@ impl AttachedMount {
         self.check_dirsync(&flags).map(|()| flags)
     }
 
-    /// The kernel has no call that changes dirsync: fsconfig(2) fails with EINVAL, mount(2) ignores the flag.
+    /// Rejects a change of dirsync, which no call of the kernel makes: fsconfig(2) fails with EINVAL, and
+    /// mount(2) ignores the flag.
     fn check_dirsync(&self, flags: &MountFlags) -> Result<(), RemountError> {
         match (self.flags().superblock_flags.dirsync, flags.superblock_flags.dirsync) {
             (true, false) => Err(self.change("nodirsync")),
@@ -234,12 +235,12 @@ impl AttachedMount {
 
     /// Changes the flags of the mount and its superblock. A flag that is not set is cleared.
     ///
-    /// Without an upper layer, the mount stays read-only. This is not an error, as for a new mount. The flags
+    /// Without an upper layer, the mount stays read-only. As for a new mount, this is not an error. The flags
     /// of the superblock, and `read_only`, hold for all mounts of the superblock.
     ///
     /// # Errors
     ///
-    /// [`RemountError`]. The flags are then as before.
+    /// [`RemountError`]. The flags are then the same as before.
     pub fn remount(self, flags: &MountFlags) -> Result<RemountReport, RemountError> {
         self.check_dirsync(flags)?;
         let before = self.flags();
@@ -256,7 +257,7 @@ impl AttachedMount {
         }
         if let Err(error) = self.change_superblock(&before, &after) {
             if new != old {
-                // The error of the first failure matters more than a second failure.
+                // If the undo fails too, the first error still names the cause.
                 let _ = self.set_attributes(old);
             }
             return Err(error.into());
@@ -330,7 +331,7 @@ fn is_same_directory(given: &Path, shown: &Path) -> bool {
     given == shown || open(given).zip(open(shown)).is_some_and(is_same)
 }
 
-/// The reason why a mount is not remounted. Its flags are as before.
+/// The reason why a mount is not remounted. The flags of the mount are the same as before.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RemountError {
@@ -383,8 +384,12 @@ pub enum RemountError {
         path: PathBuf,
     },
 
-    /// A remount cannot change the option.
-    #[error("{}: cannot remount with another value of the option {}", shown(path), shown(option))]
+    /// A remount cannot change the option, and the mount has another value or does not have the option.
+    #[error(
+        "{}: cannot remount: the mount has another value of the option {}",
+        shown(path),
+        shown(option)
+    )]
     #[non_exhaustive]
     Change {
         /// The path of the directory.

@@ -136,10 +136,10 @@ impl KernelError {
             }
             (Operation::FindLoopDevice, Errno::NOENT | Errno::NODEV | Errno::NXIO) => {
                 return Some(Hint::of_types_or_options(
-                    "load the module loop, or mount a devtmpfs on /dev, or copy to MemoryKind::Ramfs with Linux \
-                     6.12 or later: there are no loop devices",
-                    "load the module loop, or mount a devtmpfs on /dev, or use copy=ramfs with Linux 6.12 or \
-                     later: there are no loop devices",
+                    "load the module loop, or mount a devtmpfs on /dev, or copy to MemoryKind::Ramfs with \
+                     Linux 6.12 or later: there are no loop devices",
+                    "load the module loop, or mount a devtmpfs on /dev, or use copy=ramfs with Linux 6.12 \
+                     or later: there are no loop devices",
                 ));
             }
             (operation, Errno::PERM | Errno::ACCESS) => operation.permission()?,
@@ -148,8 +148,8 @@ impl KernelError {
             }
             (Operation::ReadImage, Errno::BADF) => "open the descriptor for reading",
             (Operation::ReadThrough, Errno::IO) => {
-                "look into dmesg: the disk cannot read the object, or the object has another content than its \
-                 digest"
+                "look into dmesg: the disk cannot read the object, or the content of the object does not \
+                 match its digest"
             }
             (Operation::WriteMemory, Errno::FBIG) => {
                 "raise RLIMIT_FSIZE (`ulimit -f`): the image is larger than a file may be"
@@ -181,7 +181,7 @@ impl KernelError {
                 "use a kernel with SELinux enabled, or leave out the SELinux context"
             }
             (Operation::ChangeSuperblock | Operation::ChangeAttributes, Errno::BUSY) => {
-                "close the files that are open for writing: `fuser -vm` and the directory lists them"
+                "close the files that are open for writing: `fuser -vm DIRECTORY` lists the files"
             }
             (Operation::CreateSuperblock, _) if self.log.is_empty() => match self.file_system {
                 Some("overlay") => {
@@ -309,7 +309,7 @@ pub enum Operation {
     /// fsmount(2).
     #[error("make the mount")]
     CreateMount,
-    /// FSCONFIG_CMD_CREATE of an overlay on the finished mount, as a trial.
+    /// FSCONFIG_CMD_CREATE of a trial overlay on the finished mount.
     #[error("stack an overlay on the mount")]
     StackOverlay,
     /// open_tree(2) with OPEN_TREE_CLONE.
@@ -348,7 +348,7 @@ pub enum Operation {
     /// open(2) and read(2) of mountinfo in a private procfs.
     #[error("read the mount table")]
     ReadMountTable,
-    /// FSCONFIG_CMD_RECONFIGURE of fsconfig(2).
+    /// FSCONFIG_CMD_RECONFIGURE of an attached mount.
     #[error("change the superblock")]
     ChangeSuperblock,
     /// mount_setattr(2) of an attached mount.

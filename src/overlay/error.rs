@@ -67,8 +67,8 @@ pub enum OverlayError {
     #[error("overlayfs: cannot enforce verity: verity=require needs Linux 6.6")]
     VerityUnsupported,
 
-    /// The kernel rejected the layers, and an object directory is on an overlayfs. The kernel stacks an overlay
-    /// on one overlayfs, and not on an overlayfs above another.
+    /// The kernel rejected the layers, and an object directory is on an overlayfs. The kernel stacks an
+    /// overlay on one overlayfs, and not on an overlayfs above another overlayfs.
     #[error(
         "{}: cannot use the objects: the directory is on an overlayfs, and the kernel rejects the layers \
          ({})",
@@ -124,6 +124,7 @@ pub enum OverlayError {
         /// The digest that the kernel measures.
         found: Box<Digest>,
     },
+
     /// Objects of the image fail the check that the options request.
     #[error(
         "{}: cannot use the objects: {} of {} objects failed the check",
@@ -232,23 +233,21 @@ impl OverlayError {
             ),
             OverlayError::ObjectsVerityUnavailable { .. } => Hint::of_types_or_options(
                 "use ext4 (made or tuned with -O verity) or btrfs, without an overlayfs on top, and a kernel \
-                 with CONFIG_FS_VERITY, or \
-                 set Verity::Off to mount without checks of the objects",
+                 with CONFIG_FS_VERITY, or set Verity::Off to mount without checks of the objects",
                 "use ext4 (made or tuned with -O verity) or btrfs, without an overlayfs on top, and a kernel \
-                 with CONFIG_FS_VERITY, or \
-                 add noverity to mount without checks of the objects",
+                 with CONFIG_FS_VERITY, or add noverity to mount without checks of the objects",
             ),
             OverlayError::ObjectsOnOverlay { .. } => Hint::new(
-                "give an object directory that is not on an overlayfs, or look into dmesg: the kernel stacks \
-                 an overlay on one overlayfs, and not on two",
+                "give an object directory that is not on an overlayfs, or look into dmesg: the kernel \
+                 stacks an overlay on one overlayfs, and not on two",
             ),
             OverlayError::VerityUnsupported => Hint::of_types_or_options(
                 "set Verity::Try or Verity::Off to mount without checks of the objects",
                 "add verity=try or noverity to mount without checks of the objects",
             ),
             OverlayError::VerityBroken { .. } => Hint::of_types_or_options(
-                "use another kernel (Linux 7.0 has this fault), or set Verity::Off to mount without checks of \
-                 the objects",
+                "use another kernel (Linux 7.0 has this fault), or set Verity::Off to mount without checks \
+                 of the objects",
                 "use another kernel (Linux 7.0 has this fault), or add noverity to mount without checks of \
                  the objects",
             ),

@@ -219,9 +219,9 @@ impl SourceError {
                  most 128 MiB",
             ),
             SourceError::VerityUnavailable { .. } => Hint::of_types_or_options(
-                "use Image::copy: it computes the digest while it copies the image into sealed memory, \
+                "use Image::copy, which computes the digest while copying the image into sealed memory, \
                  on any file system",
-                "add the option copy: sealmount then computes the digest while it copies the image into \
+                "add the option copy: sealmount then computes the digest while copying the image into \
                  sealed memory, on any file system",
             ),
             SourceError::DigestMismatch { .. } => Hint::new(
@@ -235,8 +235,8 @@ impl SourceError {
                 Hint::new("free some memory and try again, or mount without a copy")
             }
             SourceError::CgroupLimitExceeded { .. } => Hint::new(
-                "raise the limit of the cgroup (of a systemd unit: MemoryMax=), or mount outside of the cgroup, or \
-                 mount without a copy",
+                "raise the limit of the cgroup (of a systemd unit: MemoryMax=), or mount outside of the \
+                 cgroup, or mount without a copy",
             ),
             SourceError::Kernel(error) => return error.hint(),
             _ => return None,
