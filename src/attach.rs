@@ -44,10 +44,10 @@ impl Overlay {
     /// Mounts the overlay on an image, without attaching it anywhere. The caller keeps the EROFS mount, and
     /// can mount other overlays on it.
     ///
-    /// [`OverlayOptions::check`](crate::OverlayOptions::check) is done first. If the EROFS is mounted from a
-    /// file, the method also tries another overlay on the mount, and
-    /// [`OverlayReport::stacking`](crate::OverlayReport::stacking) has the result. Some kernels stack no other
-    /// overlay (Linux 6.17.13 and 6.18.5). The bare EROFS mount then counts as a level too.
+    /// If [`OverlayOptions::check`](crate::OverlayOptions::check) requests a check of every object, the
+    /// method checks the objects first. If the kernel mounted the EROFS from a file, the method also tries
+    /// another overlay on the mount. [`OverlayReport::stacking`](crate::OverlayReport::stacking) has the
+    /// result. Some kernels stack no other overlay (Linux 6.17.13 and 6.18.5).
     ///
     /// An upper layer belongs to one mount at a time. overlayfs does not reject a second mount with this
     /// layer: it writes a warning to dmesg, and the changes of both mounts mix.

@@ -77,9 +77,9 @@ pub enum Event {
         /// The path of the namespace.
         user_namespace: PathBuf,
     },
-    /// The objects are being checked. At most a hundred of these events come in a second.
+    /// The progress of the check of every object, at most a hundred times a second.
     Checking(CheckProgress),
-    /// All objects pass the check.
+    /// The report of the check: all objects pass.
     ObjectsChecked(CheckReport),
     /// The verification of the objects.
     Verity(ObjectVerity),
@@ -90,8 +90,8 @@ pub enum Event {
         /// The kernel's error.
         error: KernelError,
     },
-    /// A sampled file cannot be read: no object directory has its object. Only files of a mount without
-    /// [`Verity::Require`](crate::Verity::Require) are looked for. With it, the mount is rejected.
+    /// A sampled file cannot be read: no object directory has its object. With
+    /// [`Verity::Require`](crate::Verity::Require), sealmount rejects the mount instead.
     #[non_exhaustive]
     ObjectMissing {
         /// The path of the file in the image.

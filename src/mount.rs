@@ -22,11 +22,13 @@ impl MountOptions {
     /// Mounts an image with these options, without attaching it anywhere.
     ///
     /// The method runs the stages in order: [`Image`], [`Source`], [`ErofsMount`], [`Overlay`],
-    /// [`DetachedMount`]. Mounting needs `CAP_SYS_ADMIN` in the initial user namespace, which is checked before
-    /// the image is opened. All directories are opened and checked before the image is copied.
+    /// [`DetachedMount`]. Mounting needs `CAP_SYS_ADMIN` in the initial user namespace. The method checks
+    /// this permission before it opens the image. All directories are opened and checked before the image is
+    /// copied.
     ///
-    /// If the kernel stacks no other overlay on the mount ([`Stacking`](crate::Stacking)), the method mounts the
-    /// image once more, through a loop device. If there is no loop device, the mount stays as it is.
+    /// If the kernel stacks no other overlay on the mount ([`Stacking`](crate::Stacking)), the method mounts
+    /// the image once more, through a loop device. If there is no loop device, the method returns the first
+    /// mount.
     ///
     /// # Errors
     ///
@@ -47,8 +49,8 @@ impl MountOptions {
     /// Unlike `mount`, this method looks for sampled files whose object is missing, and reports them with
     /// [`Event::ObjectMissing`]. With [`Verity::Require`], both methods reject the mount instead.
     ///
-    /// Besides the threads of a copy or of a check of all objects, a mount starts at most one thread at a time.
-    /// It needs a thread for a private procfs and, before Linux 6.15, for a private mount namespace.
+    /// Besides the threads of a copy or of a check of every object, a mount starts at most one thread at a
+    /// time. A private procfs needs a thread, and, before Linux 6.15, a private mount namespace.
     ///
     /// # Errors
     ///

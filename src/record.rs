@@ -320,9 +320,9 @@ impl RecordError {
     pub fn hint(&self) -> Option<Hint> {
         match &self.problem {
             RecordProblem::NoUniqueId => Some(Hint::new("use Linux 6.8 or later")),
-            RecordProblem::Untrusted => {
-                Some(Hint::new("remove /run/sealmount, and find the program that changed the directory"))
-            }
+            RecordProblem::Untrusted => Some(Hint::new(
+                "remove /run/sealmount, and find the program that changed the directory",
+            )),
             RecordProblem::Damaged => None,
             RecordProblem::Kernel(error) => error.hint(),
         }

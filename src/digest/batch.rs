@@ -1,7 +1,7 @@
 //! Digests of many small files, hashed together.
 //!
-//! The CPU hashes several independent blocks in the time of one or two. A small file does not have enough
-//! blocks, so the blocks of several files share the groups.
+//! The CPU hashes a group of several independent blocks in the time of one or two blocks. A small file does
+//! not have enough blocks for a group, so several files share a group.
 
 use rustix::io::Errno;
 
@@ -9,7 +9,7 @@ use crate::digest::text::{Algorithm, Digest};
 use crate::digest::tree::{Block, Hash, MERKLE_BLOCK_SIZE, MerkleTree, hash_blocks};
 use crate::util::memory::try_filled;
 
-/// The number of blocks of a batch. A file of a batch has at most one block of hashes.
+/// The number of blocks of a batch. With this number, a file of a batch has at most one block of hashes.
 const BLOCKS: usize = 64;
 
 /// Small files that are hashed together. `T` identifies a file.

@@ -166,7 +166,7 @@ impl HashBlock {
 }
 
 /// Hashes the first `count` blocks, which may belong to several files. Calls `each` with each hash, in order.
-/// The content of the other blocks does not matter: they fill the last group.
+/// The other blocks only fill the last group.
 pub(crate) fn hash_blocks(
     algorithm: Algorithm,
     blocks: &[Block],

@@ -1,4 +1,4 @@
-//! The table of mounts, [proc_pid_mountinfo(5)]. A pure parser.
+//! A pure parser of the mount table, [proc_pid_mountinfo(5)].
 //!
 //! [proc_pid_mountinfo(5)]: https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html
 
@@ -27,7 +27,8 @@ pub(crate) fn find_mount(table: &[u8], id: u64) -> Option<MountLine> {
         .and_then(parse_line)
 }
 
-/// The fields: ID, ID of the parent, device, root, mount point, attributes, tags, `-`, type, source, options.
+/// Parses a line: ID, ID of the parent, device, root, mount point, attributes, tags, `-`, type, source,
+/// options.
 fn parse_line(line: &[u8]) -> Option<MountLine> {
     let mut fields = line.split(|byte| *byte == b' ');
     let attributes = options(fields.nth(5)?);
@@ -89,7 +90,7 @@ fn unescape(text: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// Returns whether an option without a value is among these.
+/// Returns whether the options include an option of this name without a value.
 pub(crate) fn has_flag(options: &[ShownOption], name: &str) -> bool {
     options.iter().any(|(shown, value)| shown == name && value.is_none())
 }

@@ -82,8 +82,8 @@ impl Procfs {
     }
 }
 
-/// Reads a file of a procfs, in the private procfs or below /proc. Returns `None` if the file cannot be read, or
-/// is not on a procfs.
+/// Reads a file of a procfs, in the private procfs or below /proc. Returns `None` if the file cannot be read
+/// or is not on a procfs.
 pub(crate) fn read_file(procfs: Option<&Procfs>, path: &str) -> Option<Vec<u8>> {
     // In a foreign mount namespace the path may lead to a FIFO, which must not block.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;

@@ -1,8 +1,8 @@
 //! The check of every object of an image, on all CPUs.
 //!
-//! Threads take turns: a thread reads a directory of the image, or checks objects that another thread found.
-//! The result does not depend on the order: an object is checked once, and the files that need a failed object
-//! are found by a second walk in a fixed order.
+//! A thread reads a directory of the image, or checks objects that another thread found. The result does not
+//! depend on the order of this work: each object is checked once. A second walk in a fixed order finds the
+//! files that need a failed object.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
@@ -33,24 +33,24 @@ use crate::util::io::read_at;
 use crate::util::memory::threads_that_fit;
 use crate::util::threads::{Stop, run_parallel, useful_threads};
 
-/// The number of failures in a report that name the object and a file.
+/// The number of failures that a report names, each with the object and a file.
 const NAMED_MAX: usize = 10;
 
 /// The number of objects that a thread hands to another thread at once.
 const HANDED_OVER: usize = 64;
 
-/// The size from which all CPUs hash a file together, in bytes. Smaller files keep each CPU busy alone.
+/// All CPUs together hash a file of more than this size, in bytes. Each CPU hashes smaller files alone.
 const LARGE: u64 = 8 << 20;
 
-/// The time between two calls of the caller's callback, and the longest sleep of a thread.
+/// The minimum time between two calls of the caller's callback, and the longest sleep of a thread.
 const TICK: Duration = Duration::from_millis(10);
 
-/// The effect of objects that the kernel cannot verify.
+/// The effect of an object that the kernel cannot verify.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum VerityNeed {
-    /// The kernel's digest is not measured.
+    /// No effect: objects are not measured.
     None,
-    /// The report has the reason.
+    /// [`CheckReport::unverified`] has the reason.
     IfAvailable,
     /// The object fails the check.
     Required,
@@ -71,7 +71,7 @@ pub(crate) type OnCheckProgress<'a> = &'a mut dyn FnMut(CheckProgress) -> Contro
 type Tick<'a> = &'a mut dyn FnMut(&Shared) -> Result<(), ObjectsError>;
 
 impl Check<'_> {
-    /// Checks every object. The report also has the objects that fail.
+    /// Checks every object. Returns a report, also if objects fail.
     pub fn run(&self, progress: OnCheckProgress) -> Result<CheckReport, ObjectsError> {
         let shared = Shared::new(self)?;
         let total = inodes(self.image)?;
@@ -95,7 +95,8 @@ impl Check<'_> {
     }
 }
 
-/// Returns the number of inodes of an EROFS, which reports all numbers but these as free.
+/// Returns the number of inodes of an EROFS. statfs(2) reports the number of inodes as the inodes that are
+/// not free.
 fn inodes(image: &ErofsMount) -> Result<u64, ObjectsError> {
     let path = image.source().path();
     let statfs =
@@ -222,7 +223,7 @@ impl<'a> Shared<'a> {
         if self.stop.is_set() { Err(self.cancelled()) } else { Ok(()) }
     }
 
-    /// Returns whether no work is left, or the threads must stop. Waits a little.
+    /// Returns whether the work is finished, or the threads must stop. Waits for this for at most a tick.
     fn is_finished(&self) -> bool {
         let queue = lock(&self.queue);
         if queue.is_finished() || self.stop.is_set() {
@@ -236,7 +237,7 @@ impl<'a> Shared<'a> {
     /// Returns the next work, or `None` if the work is finished.
     fn next_work(&self) -> Option<Work> {
         let mut queue = lock(&self.queue);
-        // Objects come first, so that few of them wait.
+        // Objects come before directories, so that few objects wait.
         if let Some(jobs) = queue.jobs.pop_front() {
             return Some(Work::Check(jobs));
         }
@@ -250,7 +251,7 @@ impl<'a> Shared<'a> {
             self.finished.notify_all();
             return None;
         }
-        // Also wakes to see whether the threads must stop.
+        // The wait has a limit, because no notification comes if the threads must stop.
         queue.waiting += 1;
         let (mut queue, _) =
             self.available.wait_timeout(queue, TICK).unwrap_or_else(PoisonError::into_inner);
@@ -284,7 +285,7 @@ impl<'a> Shared<'a> {
         None
     }
 
-    /// Notes that an object fails the check. A shortage of this process is an error of the check itself.
+    /// Notes that an object fails the check. A lack of memory or descriptors is an error of the check itself.
     fn fail(&self, job: Job, problem: ObjectProblem) -> Result<(), ObjectsError> {
         match problem {
             ObjectProblem::Unreadable(error)
@@ -487,7 +488,7 @@ impl<'a> Worker<'a> {
         self.check_all(jobs, tick)
     }
 
-    /// Counts a file, and returns its object if no file before had the same.
+    /// Counts a file. Returns its object, or `None` if an earlier file has the same object.
     fn job(&mut self, reference: Reference) -> Option<Job> {
         self.totals.files += 1;
         let key = reference.key();
@@ -538,7 +539,7 @@ impl<'a> Worker<'a> {
         Ok(is_read.then_some(file))
     }
 
-    /// Compares the kernel's digest of an object.
+    /// Measures an object, and compares the measurement with the digest in the image.
     fn measure(&mut self, file: &OwnedFd, expected: Digest) -> Result<(), ObjectProblem> {
         let failed = |errno| {
             ObjectProblem::Unreadable(Box::new(KernelError::new(Operation::MeasureVerity, errno)))
@@ -648,7 +649,7 @@ fn read_exactly(file: &OwnedFd, buffer: &mut [u8], offset: u64) -> Result<(), Ob
     }
 }
 
-/// Returns the reason that needs the larger change of the system.
+/// Returns the reason that is harder to remove from a system.
 fn worse(
     one: Option<VerityUnavailable>,
     other: Option<VerityUnavailable>,

@@ -9,7 +9,7 @@ use crate::util::text::shown;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ObjectsError {
-    /// A file refers to an object in a way that overlayfs would reject. The list continues behind the file.
+    /// A file has a reference that overlayfs would reject. The list continues after the file.
     #[error(
         "{}: cannot list the objects: the reference of {} is invalid",
         shown(image),
@@ -23,7 +23,7 @@ pub enum ObjectsError {
         path: PathBuf,
     },
 
-    /// A directory is at two places, so the tree may be endless.
+    /// A directory is in two places, so the tree may be endless.
     #[error(
         "{}: cannot list the objects: the directory {} is also in another place",
         shown(image),

@@ -1,4 +1,4 @@
-//! The objects that an image refers to: their list, and the check of each.
+//! The objects that an image refers to: their list, and the check of every object.
 
 pub(crate) mod check;
 mod error;

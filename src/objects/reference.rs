@@ -34,8 +34,8 @@ pub(crate) struct Reference {
     pub digest: Option<Digest>,
 }
 
-/// The identity of an object and of the checks that it needs. A hash of full strength: a crafted image cannot
-/// hide an object behind the key of another.
+/// The identity of an object and of the tests that the object needs. The key is a hash of full strength, so a
+/// crafted image cannot hide an object behind the key of another object.
 pub(crate) type ObjectKey = [u8; 32];
 
 impl Reference {
@@ -79,8 +79,9 @@ impl Reference {
     }
 }
 
-/// Parses `trusted.overlay.metacopy` by the rules of overlayfs: nothing, or a version, a length, flags and a
-/// hash algorithm of one byte each, and then the digest. Returns `None` if overlayfs would reject the value.
+/// Parses `trusted.overlay.metacopy` by the rules of overlayfs. The value is empty, or has a version, a
+/// length, flags and a hash algorithm of one byte each, and then the digest. Returns `None` if overlayfs
+/// would reject the value.
 fn parse_metacopy(value: &[u8]) -> Option<Option<Digest>> {
     let [version, length, flags, algorithm, digest @ ..] = value else {
         return value.is_empty().then_some(None);

@@ -16,10 +16,12 @@ pub enum ObjectCheck {
     /// `check=none`: no check.
     Off,
     /// `check=sample`: if the options request verity, up to four objects of each directory are sampled for
-    /// fs-verity. Up to four files of the image are read through the mount, before the mount is returned.
+    /// fs-verity. Up to four files of the image are then read through the mount, before the mount is
+    /// returned.
     Sample,
     /// `check=all`: every object of the image exists, is a regular file and has the right size. If the
-    /// options request verity, the kernel's fs-verity digest of the object is the digest in the image.
+    /// options request verity, the kernel's fs-verity digest of the object is the digest in the image, and
+    /// files are read through the mount as with [`Sample`](ObjectCheck::Sample).
     All,
     /// `check=content`: as [`All`](ObjectCheck::All). Also reads every object and computes its fs-verity
     /// digest, on all CPUs.
@@ -176,9 +178,9 @@ impl fmt::Display for ObjectProblemKind {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ObjectFailure {
-    /// The first file of the image that needs the object, in the order of
-    /// [`ErofsMount::objects`](crate::ErofsMount::objects). [`ObjectProblem::InvalidReference`] has no path of
-    /// an object.
+    /// The object, and the first file of the image that needs the object, in the order of
+    /// [`ErofsMount::objects`](crate::ErofsMount::objects). With [`ObjectProblem::InvalidReference`], the
+    /// path of the object is empty.
     pub object: ImageObject,
     /// The problem.
     pub problem: ObjectProblem,

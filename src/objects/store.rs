@@ -1,4 +1,4 @@
-//! Object directories, in which an object is found as overlayfs finds it.
+//! The search for an object in the object directories, by the rules of overlayfs.
 
 use std::ffi::OsStr;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -23,8 +23,8 @@ pub(crate) struct Store<'a> {
 struct Directory<'a> {
     fd: BorrowedFd<'a>,
     mount: u64,
-    /// The subdirectories with a name of two hexadecimal digits that are known to be plain directories. They
-    /// save one of two opens for most objects.
+    /// The subdirectories with a name of two hexadecimal digits that are known to be plain directories. An
+    /// object in such a directory needs one statx(2) and no openat2(2).
     plain: [AtomicBool; 256],
 }
 
@@ -45,7 +45,8 @@ impl<'a> Store<'a> {
         Ok(Store { directories: directories.map(open).collect::<Result<_, Errno>>()? })
     }
 
-    /// Finds an object: the first regular file, as overlayfs does. The object is not opened for reading.
+    /// Finds an object: the first regular file in the order of the directories, as overlayfs does. Does not
+    /// open the object for reading.
     pub fn find<'b>(&'b self, object: &'b Path) -> Result<Found<'b>, ObjectProblem> {
         let mut problem = ObjectProblem::Missing;
         for directory in &self.directories {
@@ -55,7 +56,7 @@ impl<'a> Store<'a> {
             };
             match size {
                 Ok(size) => return Ok(Found { directory: directory.fd, object, size }),
-                // The problem in the first directory that has the name is the best message.
+                // If no directory has the object, the first other problem is the best message.
                 Err(other) => {
                     if let ObjectProblem::Missing = problem {
                         problem = other;
@@ -116,7 +117,8 @@ fn size_of(directory: BorrowedFd, object: &Path) -> Result<u64, ObjectProblem> {
     }
 }
 
-/// Opens a file with the rules of overlayfs for objects: LOOKUP_BENEATH, LOOKUP_NO_SYMLINKS and LOOKUP_NO_XDEV.
+/// Opens a file by the rules of overlayfs for objects: LOOKUP_BENEATH, LOOKUP_NO_SYMLINKS and
+/// LOOKUP_NO_XDEV.
 pub(crate) fn open_beneath(
     directory: BorrowedFd,
     path: &Path,

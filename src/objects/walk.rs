@@ -39,11 +39,11 @@ pub(crate) struct Pending {
     inode: u64,
 }
 
-/// An entry of a directory that matters: another directory, or a file with an object.
+/// An entry of a directory.
 pub(crate) enum Entry {
     Directory(Pending),
     File(Box<CStr>, Reference),
-    /// A file without an object.
+    /// A file without an object, or `.` or `..`.
     Other,
 }
 
@@ -67,12 +67,12 @@ pub(crate) struct OpenDirectory {
     access: Access,
 }
 
-/// The way to the files of a directory.
+/// The method to reach the files of a directory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Access {
-    /// Files are opened, which any thread can do.
+    /// Each file is opened to read its xattrs. Any thread can use this method.
     ByDescriptor,
-    /// The directory is the working directory, so that a file need not be opened to read its xattrs.
+    /// The directory is the working directory of the thread, and files are not opened.
     ByWorkingDirectory,
 }
 
@@ -108,7 +108,7 @@ impl<'a> Tree<'a> {
         self.image.source().path()
     }
 
-    /// Returns the number of names that were read.
+    /// Returns the number of names that were read, without `.` and `..`.
     pub fn names(&self) -> u64 {
         self.names.load(Ordering::Relaxed)
     }
@@ -144,7 +144,7 @@ impl<'a> Tree<'a> {
         }
     }
 
-    /// Reads the next entry of a directory. Returns `None` behind the last entry.
+    /// Reads the next entry of a directory. Returns `None` after the last entry.
     pub fn next_entry(&self, directory: &mut OpenDirectory) -> Option<Result<Entry, ObjectsError>> {
         let entry = match directory.entries.next()? {
             Ok(entry) => entry,
@@ -212,7 +212,7 @@ impl<'a> Tree<'a> {
     }
 
     fn path_too_long(&self, directory: &[u8]) -> ObjectsError {
-        // The directory with the long path is a thousand of levels down. The start is enough.
+        // The directory may be a thousand levels down, and the start of its path is enough for a message.
         let directory = to_path(&directory[..directory.len().min(200)]);
         ObjectsError::PathTooLong { image: self.image().to_owned(), directory }
     }
@@ -230,7 +230,7 @@ fn to_path(bytes: &[u8]) -> PathBuf {
     PathBuf::from(OsStr::from_bytes(path))
 }
 
-/// Opens a file to read its xattrs. The inode is a regular file, so opening it has no effect.
+/// Opens a file to read its xattrs. The inode is a regular file, so the open has no effect.
 fn open_file(directory: BorrowedFd, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     openat(directory, name, flags, Mode::empty())
@@ -244,7 +244,7 @@ pub(crate) fn read_reference(
 ) -> Result<Option<Reference>, Errno> {
     let mut buffer = [0; 256];
     let metacopy = match get(c"trusted.overlay.metacopy", &mut buffer) {
-        // The image has no xattrs at all.
+        // EOPNOTSUPP: the image has no xattrs at all.
         Err(Errno::NODATA | Errno::OPNOTSUPP) => return Ok(None),
         Err(Errno::RANGE) => None,
         length => Some(&buffer[..length?]),

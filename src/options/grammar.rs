@@ -174,17 +174,17 @@ impl MountOptions {
 /// A remount replaces the flags, as
 /// [mount(2)](https://man7.org/linux/man-pages/man2/mount.2.html) does. A flag that the text does not name is
 /// cleared, because mount(8) passes the option `suid` by leaving out `nosuid`. There are two exceptions.
-/// Without an option for access times, these flags stay as they are. `dirsync` stays too, because the kernel
-/// cannot clear it.
+/// Without an option for access times, these flags stay the same. `dirsync` stays the same too, because the
+/// kernel cannot change `dirsync`.
 ///
 /// All other options describe the mount. [`AttachedMount::compare`](crate::AttachedMount::compare) rejects
-/// an option that the mount does not have.
+/// an option that the mount does not have. `tryverity` and `check=` are accepted for each mount.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RemountOptions {
     pub(crate) flags: MountFlags,
-    /// `false`: the flags for access times stay as they are.
+    /// `false`: the flags for access times stay the same.
     pub(crate) names_atime: bool,
-    /// `false`: `dirsync` stays as it is.
+    /// `false`: `dirsync` stays the same.
     pub(crate) names_dirsync: bool,
     /// The named options for image, copy and overlay, except the upper layer.
     pub(crate) expected: MountOptions,
@@ -212,8 +212,8 @@ impl RemountOptions {
     ///
     /// # Errors
     ///
-    /// [`OptionsError`]: an option lacks its value, or has a wrong one. An unknown option is not an error: the
-    /// mount may have it.
+    /// [`OptionsError`]: an option has no value or a wrong value. An unknown option is not an error, because
+    /// the mount may have the option.
     pub fn parse(text: impl AsRef<OsStr>) -> Result<RemountOptions, OptionsError> {
         let mut options = RemountOptions::default();
         let mut draft = Draft::default();

@@ -1,5 +1,6 @@
-//! A read through a new mount, before the mount is handed over. With verity, overlayfs checks an object only
-//! when its file is opened, so a mount whose objects cannot be verified looks like a good one.
+//! Reads of sampled files through a new mount, before the mount is handed over. With verity, overlayfs
+//! checks an object only when its file is opened. So a mount whose objects cannot be verified looks like a
+//! good mount.
 //!
 //! The files are found on the EROFS mount, where a walk needs no object directory. They are read through the
 //! overlay.
@@ -20,7 +21,7 @@ use crate::objects::walk::read_reference;
 use crate::overlay::error::OverlayError;
 use crate::overlay::layers::Layer;
 
-/// The limits of the walk: files to return, files to look at, directory entries and directories to read. The
+/// The limits of the walk: files to return, regular files, directory entries, and directories to read. The
 /// root of a V1 image alone has 256 whiteouts. docs/design.md has the cost of the walk.
 const FILES: usize = 4;
 const CANDIDATES: usize = 128;
@@ -61,7 +62,7 @@ pub(crate) fn sample_files(image: impl AsFd) -> Result<Vec<SampledFile>, KernelE
     let mut files = Vec::new();
     let mut directories = vec![PathBuf::from(".")];
     let (mut candidates, mut entries, mut visited) = (0, 0, 0);
-    // The last directory comes first, so the walk goes down to a file before it goes on.
+    // The last directory comes first, so the walk goes down before it continues on the same level.
     while let Some(path) = directories.pop() {
         let failed = |errno| KernelError::new(Operation::SampleFiles, errno).on(shown_path(&path));
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -117,23 +118,25 @@ fn file_with_object(image: impl AsFd, path: &Path) -> Result<Option<SampledFile>
     };
     let reference = read_reference(stat.st_ino, size, |name, value| fgetxattr(&file, name, value))?;
     let path = path.strip_prefix(".").unwrap_or(path).to_owned();
-    // Without an object, the redirect is not valid.
+    // A reference without an object is not valid, so overlayfs cannot open the file.
     Ok(reference.and_then(|reference| {
         Some(SampledFile { path, object: reference.object?, digest: reference.digest })
     }))
 }
 
-/// Returns whether a security module, or a missing capability, denies a read of the file. Mounting needs
-/// neither.
+/// Returns whether a security module, or a missing capability, denies a read of the file. A mount does not
+/// need the permission to read files.
 fn is_denied(errno: Errno) -> bool {
     matches!(errno, Errno::ACCESS | Errno::PERM)
 }
 
-/// Reads a byte of each file through an overlay with `verity=require`.
+/// Reads a byte of each file through an overlay with `verity=require`. If overlayfs does not open a file,
+/// measures its object to find the reason.
 ///
 /// # Errors
 ///
-/// The reason why overlayfs does not open the file, found by a measurement of the object.
+/// [`OverlayError`]: the object is missing, has no fs-verity or another digest; or the kernel cannot open the
+/// object.
 pub(crate) fn read_files(
     mount: impl AsFd,
     files: &[SampledFile],
@@ -149,7 +152,7 @@ pub(crate) fn read_files(
             }
             Err(errno @ (Errno::IO | Errno::NOENT)) => {
                 require_object(file, objects)?;
-                // The object is not the reason.
+                // The object is right, so the kernel is the reason.
                 return Err(match errno {
                     Errno::IO => OverlayError::VerityBroken { file: file.shown_path() },
                     errno => failed(Operation::ReadThrough, errno).into(),

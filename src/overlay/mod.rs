@@ -88,7 +88,7 @@ pub struct OverlayReport {
     pub unsupported: Vec<Unsupported<LayerMethod>>,
     /// The verification of the objects.
     pub verity: ObjectVerity,
-    /// Whether another overlay can be mounted on the mount.
+    /// The result of a trial overlay on the mount.
     pub stacking: Stacking,
     /// The report of the check of the objects, with [`ObjectCheck::All`] and [`ObjectCheck::Content`].
     pub check: Option<CheckReport>,
@@ -121,10 +121,10 @@ pub struct Overlay {
 impl OverlayOptions {
     /// Opens the directories and checks them.
     ///
-    /// With [`Verity::Require`] and [`ObjectCheck::Sample`], up to four objects of each directory are sampled,
-    /// and a directory is rejected if one of them lacks fs-verity. With [`ObjectCheck::All`] and
-    /// [`ObjectCheck::Content`], only the file system of each directory is checked. The objects are checked
-    /// when the image is mounted. Later changes of the paths have no effect.
+    /// With [`Verity::Require`] and [`ObjectCheck::Sample`], up to four objects of each directory are
+    /// sampled. A directory is rejected if one of its sampled objects lacks fs-verity. With
+    /// [`ObjectCheck::All`] and [`ObjectCheck::Content`], only the file system of each directory is checked
+    /// here. The objects are checked when the image is mounted. Later changes of the paths have no effect.
     ///
     /// # Errors
     ///
@@ -174,13 +174,15 @@ impl ImageLayer<'_> {
 }
 
 impl Overlay {
-    /// Checks every object that an image refers to. With [`ObjectCheck::All`] and [`ObjectCheck::Content`],
-    /// `events` reports the progress: at most a hundred times a second, in the calling thread. If `events`
-    /// returns [`ControlFlow::Break`], the check ends. At most eight threads are used, the calling thread
-    /// included.
+    /// Checks every object that an image refers to.
     ///
-    /// [`OverlayOptions::verity`] decides whether each object needs fs-verity. Nothing is mounted, so a program
-    /// can check an update before it restarts the system:
+    /// The calling thread calls `events` with the progress, at most a hundred times a second. If `events`
+    /// returns [`ControlFlow::Break`], the check ends. At most eight new threads share the work. With
+    /// [`ObjectCheck::Content`], the method also reads each object. With any other value of `check`, the
+    /// method works as with [`ObjectCheck::All`].
+    ///
+    /// [`OverlayOptions::verity`] decides whether each object needs fs-verity. No overlay is mounted, so a
+    /// program can check an update before a restart of the system:
     ///
     /// ```no_run
     /// use std::ops::ControlFlow;
@@ -230,7 +232,7 @@ impl Overlay {
         Ok(report)
     }
 
-    /// Checks the objects of an image as the options request.
+    /// Checks every object of an image, if the options request this check.
     pub(crate) fn check_before_mount(
         &self,
         image: &ErofsMount,
@@ -250,8 +252,9 @@ impl Overlay {
         })
     }
 
-    /// Checks that the kernel can verify objects, as far as the directories and some samples tell. With
-    /// [`Verity::Require`], fails if the kernel cannot.
+    /// Checks that the kernel can verify the objects: the file system of each directory and, with
+    /// [`ObjectCheck::Sample`], up to four objects. Returns `None` if the options do not request this check.
+    /// With [`Verity::Require`], an object that cannot be verified is an error.
     fn check_directories(
         &self,
         verity: Verity,
@@ -318,8 +321,8 @@ impl Overlay {
         Ok((Mount::new(fd), OverlayReport { method, unsupported, verity, stacking, check }))
     }
 
-    /// Returns sampled files of the image whose object is in no object directory. Finds none if the image
-    /// cannot be read, or with [`ObjectCheck::Off`].
+    /// Returns sampled files of the image whose object is in no object directory. If the image cannot be
+    /// read, or with [`ObjectCheck::Off`], returns no files.
     pub(crate) fn files_without_object(&self, image: &ErofsMount) -> Vec<SampledFile> {
         if self.options.effective_check() == ObjectCheck::Off {
             return Vec::new();
@@ -329,8 +332,8 @@ impl Overlay {
             .unwrap_or_default()
     }
 
-    /// Adds a layer on an overlayfs to an error without a reason of the kernel. overlayfs writes "maximum fs
-    /// stacking depth exceeded" only to the log of the machine.
+    /// Names an object directory on an overlayfs in an error without a reason of the kernel. overlayfs writes
+    /// "maximum fs stacking depth exceeded" only to the log of the machine.
     fn explained(&self, error: OverlayError) -> OverlayError {
         match error {
             OverlayError::Kernel(error)
@@ -374,7 +377,7 @@ struct Mounting<'a> {
     verity: Verity,
     /// The files to read before the mount is handed over.
     files: Vec<SampledFile>,
-    /// Whether to try another overlay on the mount.
+    /// Whether sealmount tries another overlay on the mount.
     is_to_stack: bool,
 }
 
@@ -453,8 +456,8 @@ impl Mounting<'_> {
     /// option, or for the superblock if it parses all options at the end. If the overlay can be made without
     /// the option, the option was the reason.
     ///
-    /// Linux 7.0 knows the option, and does not open objects that have fs-verity. So sampled files are read
-    /// here.
+    /// Linux 7.0 knows the option, and does not open objects that have fs-verity. So this function also reads
+    /// sampled files.
     fn create_with_verity(
         &self,
         set_layers: &dyn Fn(&FsContext) -> Result<(), KernelError>,
@@ -485,7 +488,7 @@ impl Mounting<'_> {
 
     /// Reads sampled files through a mount with `verity=require`. Returns the verity that the mount can have.
     ///
-    /// With [`Verity::Try`], only an error that means "no verity here" has an effect.
+    /// With [`Verity::Try`], an error has an effect only if objects or kernel do not support verity.
     fn read_files(&self, mount: &OwnedFd) -> Result<ObjectVerity, OverlayError> {
         let error = match read_files(mount, &self.files, &self.layers.objects) {
             Ok(()) => return Ok(ObjectVerity::Enforced),

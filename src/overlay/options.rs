@@ -66,8 +66,8 @@ impl OverlayOptions {
 #[non_exhaustive]
 pub enum Verity {
     /// `verity`: every object is checked when it is opened (Linux 6.6). If this is not possible, the mount is
-    /// rejected. Up to four files of the image are read before the mount is returned, and the mount is rejected
-    /// if one of them cannot be read.
+    /// rejected. Except with [`ObjectCheck::Off`], up to four files of the image are read before the mount is
+    /// returned. If one of these files cannot be read, the mount is rejected.
     Require,
     /// `tryverity`: objects are checked if kernel, file system and objects allow it. Otherwise objects are
     /// not checked, and [`DetachedMount::verity`](crate::DetachedMount::verity) returns the reason.

@@ -1,10 +1,11 @@
-//! A trial: whether another overlay can be mounted on a finished mount, as systemd-sysext and containers do.
+//! A trial overlay on a finished mount: systemd-sysext and containers also mount an overlay there.
 //!
 //! overlayfs allows two levels of stacking. Linux 6.17.13 and 6.18.5 count an EROFS from a file as a level,
-//! so there the overlay of an image is the last one. An EROFS on a loop device is not counted.
+//! and do not count an EROFS on a loop device. On these kernels, no overlay fits on the overlay of an image
+//! from a file.
 //!
-//! Only EINVAL for the superblock of the trial means this fault. After any other failure the mount counts as
-//! not tried: a trial must not make a good mount fail.
+//! Only EINVAL for the superblock of the trial overlay means this fault. After any other failure the mount
+//! counts as not tried: a trial must not make a good mount fail.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -17,16 +18,16 @@ use crate::kernel::fs_context::FsContext;
 use crate::kernel::{KernelError, Operation};
 use crate::overlay::attached::{IMAGE, attach_to};
 
-/// Whether another overlay can be mounted on a mount.
+/// The result of a trial overlay on a finished mount.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Stacking {
-    /// sealmount has made a second overlay on the mount, and removed it.
+    /// Another overlay can be mounted on the mount: sealmount has made one, and removed it again.
     Possible,
-    /// The kernel does not make a second overlay. On some kernels an EROFS from a file counts as a level of
-    /// stacking (Linux 6.17.13 and 6.18.5).
+    /// The kernel rejects another overlay on the mount. On some kernels, an EROFS from a file counts as a
+    /// level of stacking (Linux 6.17.13 and 6.18.5).
     Impossible(KernelError),
-    /// sealmount has not tried: the EROFS is on a loop device, another layer is on an overlayfs, or the trial
+    /// sealmount does not know: the EROFS is on a loop device, another layer is on an overlayfs, or the trial
     /// failed for another reason.
     NotTried,
 }
@@ -68,8 +69,9 @@ pub(crate) fn try_on(mount: impl AsFd, image: impl AsFd, path: &Path) -> Stackin
     Stacking::of(trial(), path)
 }
 
-/// Tries two overlays on the image in the scratch of a private mount namespace. The finished mount is not
-/// used: before Linux 6.15 a layer must be attached, and the finished mount could not be detached again.
+/// Tries two overlays on the image in the scratch of a private mount namespace. The trial does not use the
+/// finished mount. Before Linux 6.15 a layer must be attached, and the finished mount could not be detached
+/// again.
 pub(crate) fn try_in_scratch(path: &Path) -> Stacking {
     let failed = |errno| KernelError::new(Operation::AttachLayer, errno);
     let overlay = |lowerdir| {

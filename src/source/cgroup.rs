@@ -1,9 +1,9 @@
 //! The memory limits of the caller's cgroup and its ancestors: [cgroups(7)].
 //!
-//! /sys/fs/cgroup may be a forged directory. sealmount therefore finds a mount of the hierarchy in mountinfo, and
-//! checks that the opened directory is the root of that mount. A limit that cannot be read is not known. The
-//! kernel then enforces it alone: it kills processes of the cgroup. docs/design.md says why sealmount does not
-//! mount the hierarchy itself.
+//! /sys/fs/cgroup may be a forged directory. sealmount therefore finds a mount of the hierarchy in
+//! mountinfo. sealmount then checks that the opened directory is the root of that mount. If a limit cannot
+//! be read, only the kernel enforces the limit: the kernel kills processes of the cgroup. docs/design.md
+//! says why sealmount does not mount the hierarchy itself.
 //!
 //! [cgroups(7)]: https://man7.org/linux/man-pages/man7/cgroups.7.html
 
@@ -31,11 +31,11 @@ pub(crate) struct FullCgroup {
     pub available: u64,
 }
 
-/// Returns the cgroup that cannot hold `size` more bytes, or `None` if no limit of that kind is known. Of
-/// several cgroups, returns the cgroup with the least memory.
+/// Returns the cgroup that cannot hold `size` more bytes, or `None` if each known limit is high enough. Of
+/// several cgroups, returns the cgroup with the least available memory.
 ///
-/// Swap is not counted, as in MemAvailable. `memory.high` is not a limit: above it, the kernel slows processes
-/// down and kills none.
+/// Swap is not counted, as in MemAvailable. `memory.high` is not a limit: above `memory.high`, the kernel
+/// slows processes down and does not kill them.
 pub(crate) fn full_cgroup(procfs: Option<&Procfs>, size: u64) -> Option<FullCgroup> {
     let memberships = procfs::read_file(procfs, "self/cgroup")?;
     let membership = Membership::parse(&memberships)?;
@@ -107,7 +107,7 @@ impl<'a> Membership<'a> {
         let all = || text.split(|byte| *byte == b'\n').filter_map(Membership::parse_line);
         let of = |version| all().find(|found| found.version == version);
         let found = of(Version::V1).or_else(|| of(Version::V2))?;
-        // `..`: the cgroup is above the root of the cgroup namespace.
+        // The kernel shows `..` for a cgroup above the root of the cgroup namespace.
         let is_inside = |part| matches!(part, Component::RootDir | Component::Normal(_));
         (found.path.is_absolute() && found.path.components().all(is_inside)).then_some(found)
     }
