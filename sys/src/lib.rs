@@ -6,9 +6,9 @@
 //! - swap areas, for the tests of sealmount
 //! - SHA-256 and SHA-512 of several blocks at a time
 //!
-//! Each function except the hashes and the mapping makes one system call, is safe to call with any argument, and returns the
-//! kernel's errno unchanged. This crate holds all `unsafe` code of the project. The API follows the needs of
-//! sealmount and may change with each version.
+//! Each function except the hashes and the mapping makes one system call. The function is safe to call with
+//! any argument, and returns the kernel's errno unchanged. This crate holds all `unsafe` code of the
+//! project. The API follows the needs of sealmount and may change with each version.
 //!
 //! [sealmount]: https://docs.rs/sealmount
 //! [rustix]: https://docs.rs/rustix

@@ -59,9 +59,9 @@ pub fn mount_setattr_idmap(mount: impl AsFd, user_namespace: impl AsFd) -> io::R
 ///
 /// # Errors
 ///
-/// `EBUSY`: a file of the mount is open for writing, and the mount is to become read-only. `EPERM`: the caller
-/// lacks `CAP_SYS_ADMIN`, or the mount namespace locks an attribute. `EINVAL`: the mount is not in the mount
-/// namespace of the caller.
+/// - `EBUSY`: the call makes the mount read-only, and a file of the mount is open for writing.
+/// - `EPERM`: the caller lacks `CAP_SYS_ADMIN`, or the mount namespace locks an attribute.
+/// - `EINVAL`: the mount is not in the mount namespace of the caller.
 pub fn mount_setattr_flags(mount: impl AsFd, set: u32, clear: u32) -> io::Result<()> {
     let attr = mount_attr {
         attr_set: u64::from(set),

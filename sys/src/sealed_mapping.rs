@@ -1,4 +1,4 @@
-//! A mapping of a file that no process can change.
+//! A mapping of a sealed memfd, which no process can change.
 
 use std::ffi::c_void;
 use std::ops::Deref;
@@ -30,8 +30,10 @@ impl SealedMapping {
     ///
     /// # Errors
     ///
-    /// `EINVAL` if the file has no seals, is empty, has huge pages, or has a hole: a read of a hole through a
-    /// mapping allocates memory. Otherwise the errno of the system call.
+    /// - `EINVAL`: the file lacks a seal, has huge pages, or has a hole. A read of a hole through a mapping
+    ///   allocates memory.
+    /// - `ENXIO`: the file is empty.
+    /// - The errno of another failed system call.
     pub fn new(memfd: impl AsFd) -> Result<SealedMapping> {
         let seals = SealFlags::WRITE | SealFlags::SHRINK;
         let is_sealed = fcntl_get_seals(&memfd)?.contains(seals);

@@ -6,7 +6,7 @@ use linux_raw_sys::general::{__NR_statmount, MNT_ID_REQ_SIZE_VER0, mnt_id_req, s
 use rustix::io;
 
 unsafe extern "C" {
-    /// syscall(2) of the C library, which std links anyway. Neither rustix nor the C library wraps statmount.
+    /// syscall(2) of the C library, which std links. Neither rustix nor the C library wraps statmount.
     fn syscall(number: c_long, ...) -> c_long;
 }
 
@@ -14,8 +14,9 @@ unsafe extern "C" {
 ///
 /// # Errors
 ///
-/// `ENOENT`: it has no such mount. `ENOSYS`: the kernel lacks statmount. `EPERM`: the mount is out of reach, and
-/// `CAP_SYS_ADMIN` is missing.
+/// - `ENOENT`: the mount namespace does not have the mount.
+/// - `ENOSYS`: the kernel lacks statmount.
+/// - `EPERM`: the mount is out of reach, and the caller lacks `CAP_SYS_ADMIN`.
 pub fn statmount_exists(mount_id: u64) -> io::Result<()> {
     let request = mnt_id_req {
         size: MNT_ID_REQ_SIZE_VER0,
@@ -27,8 +28,8 @@ pub fn statmount_exists(mount_id: u64) -> io::Result<()> {
     };
     const NO_FLAGS: c_uint = 0;
     let mut buffer = [0_u8; size_of::<statmount>()];
-    // SAFETY: the arguments have the types of statmount(2). The kernel reads MNT_ID_REQ_SIZE_VER0 bytes of the
-    // request, and writes at most the length of the buffer.
+    // SAFETY: the arguments have the types of statmount(2). The kernel reads MNT_ID_REQ_SIZE_VER0 bytes of
+    // the request, and writes at most the length of the buffer.
     let result = unsafe {
         syscall(
             c_long::from(__NR_statmount),
