@@ -134,7 +134,7 @@ fn check_objects(source: &Source, mut overlay: OverlayOptions) -> Result<(), Err
     overlay.verity = Some(Verity::Try);
     let erofs = match source.mount() {
         Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-            println!("objects: not checked, which needs root");
+            println!("objects: not checked (a check needs root)");
             return Ok(());
         }
         erofs => erofs?,

@@ -120,7 +120,7 @@ fn copy_above_cgroup_limit_is_rejected() {
     assert_mounts(&inner.mount(&image, &mount_point, "ro"), &mount_point);
 }
 
-/// The kernel reclaims the page cache, so it counts as available. Files in memory do not.
+/// The kernel reclaims the page cache, so the page cache counts as available. Files in memory do not count.
 #[test]
 fn page_cache_of_cgroup_counts_as_available() {
     let Some(sandbox) = sandbox!() else { return };
@@ -143,7 +143,7 @@ fn page_cache_of_cgroup_counts_as_available() {
     assert_rejected(&cgroup.mount(&image, &mount_point, "copy"), &cgroup, 150 * MIB);
 }
 
-/// A mount on /sys/fs/cgroup, or on a cgroup, hides the limit at most. Its numbers are never used.
+/// A mount on /sys/fs/cgroup, or on a cgroup, may hide a limit. The numbers of the mount are never used.
 #[test]
 fn forged_cgroup_files_are_not_used() {
     let Some(sandbox) = sandbox!() else { return };
@@ -176,7 +176,7 @@ fn forged_cgroup_files_are_not_used() {
         assert_mounts(&output, &mount_point);
     }
 
-    // /proc/self/cgroup of a FIFO or of another file system says nothing.
+    // A /proc/self/cgroup that is a FIFO, or on another file system than procfs, is not used.
     cgroup.set_limit(200 * MIB);
     let proc = sandbox.directory("proc");
     fs::create_dir(proc.join("self")).unwrap();

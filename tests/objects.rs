@@ -1,4 +1,4 @@
-//! The objects of an image: their list, and the checks before a mount.
+//! Tests the list of the objects of an image, and the checks of objects before a mount.
 
 use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
@@ -195,7 +195,7 @@ fn many_failures_are_reported_in_order_of_paths() {
     }
 }
 
-/// overlayfs uses the first regular file, also if its size or content is wrong.
+/// overlayfs uses the first regular file, also if the size or the content of the file is wrong.
 #[test]
 fn object_is_checked_in_its_first_directory() {
     let Some(sandbox) = sandbox!() else { return };
@@ -249,7 +249,7 @@ fn options(objects: &Path, check: Option<ObjectCheck>) -> MountOptions {
 }
 
 #[test]
-fn mount_with_missing_object_follows_the_option() {
+fn missing_object_rejects_mount_as_check_requests() {
     let Some(sandbox) = sandbox!() else { return };
     let empty = sandbox.directory("empty");
     for check in [None, Some(ObjectCheck::Off), Some(ObjectCheck::Sample)] {
@@ -284,7 +284,8 @@ fn check_none_with_verity_mounts_without_samples() {
     options.mount(V1.image()).unwrap();
 }
 
-/// An image with one file, and an object of this size full of zeros.
+/// Makes an image with one file, and its object: zeros of this size. Returns the image and the object
+/// directory.
 fn with_zeros(sandbox: &Sandbox, size: u64, digest: Digest) -> (PathBuf, PathBuf) {
     let mut image = ErofsImage::new();
     let Digest::Sha256(bytes) = digest else { unreachable!() };
@@ -319,7 +320,7 @@ fn object_of_any_size_keeps_its_digest() {
 }
 
 #[test]
-fn check_that_is_cancelled_ends_soon() {
+fn cancelled_check_ends_soon() {
     let Some(sandbox) = sandbox!() else { return };
     let digest = Digest::Sha256([0; 32]);
     // Hashing the object would take an hour.

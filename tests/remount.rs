@@ -57,7 +57,7 @@ impl Mounted {
         stderr(&output)
     }
 
-    /// Remounts by the helper, which must exit with 1 and a message with `text`. The mount must stay the same.
+    /// Remounts by the helper, which must exit with 1 and a message with `text`. The mount must not change.
     #[track_caller]
     fn rejects(&self, options: &str, text: &str) {
         self.rejects_with_status(1, options, text);
@@ -80,7 +80,7 @@ impl Mounted {
         flags.join(",")
     }
 
-    /// Writes an fstab with one line, and returns the arguments of a call of mount(8) with the fstab.
+    /// Writes an fstab with one line, and runs mount(8) with this fstab.
     fn mount_8(&self, line: &str, options: &str) -> Output {
         let line =
             format!("{} {} composefs {line} 0 0\n", V1.image().display(), self.mnt.display());
@@ -125,7 +125,7 @@ fn fstab_line_replaces_flags() {
     let Some(mounted) = Mounted::with_upper_layer("nosuid,noexec,lazytime,noatime") else { return };
     mounted.sandbox.install_helper(env!("CARGO_BIN_EXE_mount-composefs").as_ref());
     let line = format!("nodev,{},x-test=1,nofail,_netdev", basedir());
-    // mount(8) passes the options of the line and of the command line, and not the flags of the mount.
+    // mount(8) passes the options of the line and of the command line, but not the flags of the mount.
     mounted.mount_8_remounts(&line, "remount");
     assert_eq!(mounted.flags(), "rw,nodev,noatime,rw");
     assert!(mounted.is_writable());
@@ -150,7 +150,7 @@ fn options_of_mount_table_are_accepted() {
     // Without a line in fstab, mount(8) passes the options of the mount table, such as redirect_dir=on.
     run("mount", ["-T", fstab, "-t", "composefs", "-o", "remount,ro,noexec", mnt]);
     assert_eq!(mounted.flags(), "ro,nosuid,noexec,relatime,ro");
-    // Without a type too, mount(8) does not call the helper.
+    // Without a line and a type, mount(8) does not call the helper.
     run("mount", ["-T", fstab, "-o", "remount,rw", mnt]);
     assert_eq!(mounted.flags(), "rw,nosuid,noexec,relatime,rw");
     mounted.remounts("metacopy=on,redirect_dir=on");

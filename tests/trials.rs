@@ -1,5 +1,5 @@
-//! Tests the trials on a finished mount before the mount is handed over: a read of sampled files, and
-//! another overlay on the mount. A tracer imitates the kernels that fail.
+//! Tests the reads of sampled files through a finished mount, and the trial overlay on the mount. A tracer
+//! imitates the kernels that fail.
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!(
@@ -57,7 +57,7 @@ impl Helper {
         tracer::run(command, Duration::from_secs(60), &mut |call| decide(call).into())
     }
 
-    /// Checks that the helper rejects the mount with this message and this hint.
+    /// Checks that the helper rejected the mount with this message and this hint.
     #[track_caller]
     fn assert_rejected(&self, (end, text): (End, String), message: &str, hint: &str) {
         assert_eq!(end, End::Exited(32), "{text}");
@@ -65,7 +65,7 @@ impl Helper {
         assert_eq!(mount_at(&self.mount_point()), None);
     }
 
-    /// Checks that the helper mounts the tree, with this message.
+    /// Checks that the helper mounted the tree, with this message.
     #[track_caller]
     fn assert_mounted(&self, (end, text): (End, String), message: &str) {
         assert_eq!(end, End::Exited(0), "{text}");
@@ -102,15 +102,15 @@ fn in_sandbox(sandbox: &Sandbox, name: &str) -> String {
 /// The measurement of an object by an imitated file system with fs-verity.
 #[derive(Clone, Copy, PartialEq)]
 enum Measured {
-    /// The digest that the object has as its name.
+    /// The digest in the name of the object.
     Right,
     Wrong,
     NotEnabled,
 }
 
 /// Imitates a file system whose objects have fs-verity. After the first attempt to open a file through the
-/// mount, measurements return `late`. overlayfs itself is not imitated: it fails with EIO, because the objects
-/// have no fs-verity.
+/// mount, measurements return `late`. overlayfs is not imitated: overlayfs fails with EIO, because the
+/// objects have no fs-verity.
 fn with_verity(late: Measured) -> impl FnMut(&Call) -> Action {
     let mut measured = Measured::Right;
     move |call| match call.number {
@@ -148,7 +148,7 @@ fn digest(object: &Path, measured: Measured) -> Vec<u8> {
     digest
 }
 
-/// Linux 7.0 opens no object that has fs-verity.
+/// Linux 7.0 does not open an object that has fs-verity.
 #[test]
 fn broken_overlayfs_is_rejected_with_verity() {
     let Some(helper) = Helper::new() else { return };
@@ -221,7 +221,7 @@ fn missing_object_is_reported_without_verity() {
     umount(&helper.mount_point());
 }
 
-/// With an upper layer, a FIFO, a device or nothing may be at the path of a sampled file.
+/// An upper layer may have a FIFO, a device, a link or a whiteout at the path of a sampled file.
 #[test]
 fn replaced_files_are_not_opened() {
     let Some(helper) = Helper::new() else { return };
@@ -255,7 +255,7 @@ fn replaced_files_are_not_opened() {
     umount(&helper.mount_point());
 }
 
-/// The read of a file needs no permission that a mount does not need.
+/// A mount does not need the permission to read files, so a denied read has no effect.
 #[test]
 fn denied_reads_of_files_still_mount() {
     let Some(helper) = Helper::new() else { return };
@@ -270,8 +270,8 @@ fn denied_reads_of_files_still_mount() {
     }
 }
 
-/// Imitates a kernel on which an EROFS from a file counts as a level of stacking: the superblock of an overlay
-/// with two `lowerdir+` fails.
+/// Imitates a kernel on which an EROFS from a file counts as a level of stacking. The superblock of an
+/// overlay with two `lowerdir+` fails.
 fn without_stacking() -> impl FnMut(&Call) -> Action {
     let mut lower = 0;
     move |call| match call.number {
@@ -329,7 +329,7 @@ fn unstackable_mount_without_loop_is_reported() {
     helper.assert_mounted(run, "no overlay can be mounted on the mount");
 }
 
-/// A trial that fails for another reason changes nothing.
+/// A trial that fails for another reason has no effect.
 #[test]
 fn failed_trial_keeps_the_mount() {
     let Some(helper) = Helper::new() else { return };

@@ -1,4 +1,4 @@
-//! Checks of all objects, against programs that read the same files.
+//! Measures the checks of objects, against programs that read the same files.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -65,7 +65,7 @@ fn make_objects(directory: &Path) -> std::io::Result<Vec<Object>> {
     }
     (0..OBJECTS)
         .map(|number| {
-            // The sum of two numbers: few objects are very small or twice as large as the mean.
+            // With the sum of two numbers, few objects are very small or twice as large as the mean.
             let size = (random.next() as usize % MEAN_SIZE) + (random.next() as usize % MEAN_SIZE);
             let content: Vec<_> =
                 (0..size / 8 + 9).flat_map(|_| random.next().to_le_bytes()).collect();

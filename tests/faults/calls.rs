@@ -188,7 +188,7 @@ const CALLS: &[SystemCall] = &[
         &[EAGAIN, EBUSY, ENODATA, ENOTTY, ENXIO, EOPNOTSUPP],
         &[EBADF, EFAULT, EOVERFLOW, EFBIG, ENOENT],
     ),
-    // ENODATA means that a file has no object, so no run can tell it from the truth.
+    // ENODATA means that a file has no object, so no run can detect a forged ENODATA.
     call("lgetxattr", libc::SYS_lgetxattr, &[], &[E2BIG, EFAULT, ENOENT, ENOTDIR]),
     call("lseek", libc::SYS_lseek, &[], &[EBADF, EOVERFLOW, ESPIPE]),
     call("madvise", libc::SYS_madvise, &[], &[EBADF, EFAULT, EHWPOISON]),

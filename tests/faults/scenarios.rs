@@ -405,8 +405,8 @@ fn with_verity(call: &Call) -> Action {
             let Digest::Sha256(digest) = V1.digest() else { unreachable!() };
             Action::Answer(2, [&[1, 0, 32, 0][..], &digest].concat())
         }
-        // The objects have no fs-verity, so overlayfs would not open a file with an object. A file that the
-        // image holds takes its place.
+        // The objects have no fs-verity, so overlayfs would not open a file with an object. The tracer lets
+        // the helper open a file that the image holds instead.
         libc::SYS_openat2 if call.file(0) == Some("/".into()) => match call.number_at(2) {
             Some(flags) if flags & libc::O_PATH as u64 == 0 => {
                 Action::Rewrite(1, b"hello.txt\0".to_vec())

@@ -32,8 +32,8 @@ pub struct Machine {
     pub off_limit: Duration,
     /// The commands that boot this machine. A long scenario needs a machine of [`Tier::Ci`].
     pub tier: Tier,
-    /// Whether the default run also boots this machine on versions with a fault. A run of these versions by
-    /// SEALMOUNT_VM_SERIES boots every machine.
+    /// Whether the default run also boots this machine on versions with a fault. If SEALMOUNT_VM_SERIES names
+    /// such a version, the run boots every machine.
     pub on_faulty_kernels: bool,
 }
 

@@ -1,4 +1,4 @@
-//! A writer of tiny composefs images, also of images that no tool makes.
+//! Writes tiny composefs images, also images that no tool makes.
 
 /// The size of a block, in bytes.
 const BLOCK: usize = 4096;
@@ -16,7 +16,7 @@ pub const SYMLINK: u8 = 7;
 struct Node {
     mode: u16,
     size: u64,
-    /// The names behind `trusted.`, and the values.
+    /// The names without `trusted.`, and the values.
     xattrs: Vec<(&'static str, Vec<u8>)>,
     entries: Entries,
 }

@@ -64,7 +64,7 @@ fn copy_above_cgroup_v1_limit_is_rejected(guest: &mut Guest) -> Result<(), Error
     Ok(unmount(ROOT, UnmountFlags::DETACH)?)
 }
 
-/// Copies an image of 8 MiB in a cgroup, whose limits are in a file of this name.
+/// Copies an image of 8 MiB in a cgroup. `limit_file` is the name of the file with the limit.
 fn check(limit_file: &str, no_limit: &str) -> Result<(), Error> {
     let outer = Path::new(ROOT).join("outer");
     let inner = outer.join("inner");

@@ -1,5 +1,5 @@
-//! Images and objects on an overlayfs, as in a container in a container, or on a live system. The kernel stacks
-//! at most two overlays: the composefs mount, and an overlay below it.
+//! Images and objects on an overlayfs, as in a container in a container, or on a live system. The kernel
+//! stacks at most two overlays: the composefs mount, and an overlay below the mount.
 
 use super::fixtures::{self, V1, V2};
 use super::machines::STANDARD;
@@ -60,8 +60,9 @@ fn overlay(options: &str, root: &Path) -> Result<(), Error> {
         .context(|| format!("cannot mount an overlay with {options}"))
 }
 
-/// A file on an overlayfs needs a loop device: EROFS does not mount it directly. A copy has the newest method
-/// of the kernel: no overlay can be stacked on objects on an overlayfs, with any method.
+/// EROFS does not mount a file of an overlayfs directly, so the image needs a loop device. A copy has the
+/// newest method of the kernel, and no trial overlay: with objects on an overlayfs, no method allows another
+/// overlay.
 fn nested_image_and_objects_mount(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let nested = overlay_on(&disk, "once")?;
@@ -88,7 +89,7 @@ fn nested_image_and_objects_mount(guest: &mut Guest) -> Result<(), Error> {
     Ok(())
 }
 
-/// The place of the image does not count as a level, because the image is behind a loop device or copied.
+/// The overlayfs of the image does not count as a level, because the image is behind a loop device or copied.
 fn nested_twice_is_rejected(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let twice = overlay_on(&overlay_on(&disk, "first")?, "second")?;
@@ -119,8 +120,8 @@ fn nested_twice_is_rejected(guest: &mut Guest) -> Result<(), Error> {
     Ok(())
 }
 
-/// The files of an overlayfs have no fs-verity, even if the files below have it. The kernel mounts with
-/// `verity=require` and fails every read. sealmount rejects the objects before the mount.
+/// The files of an overlayfs have no fs-verity, even if the files below have fs-verity. The kernel mounts
+/// with `verity=require` and fails every read. sealmount rejects the objects before the mount.
 fn nested_objects_with_verity_are_rejected(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4-verity")?;
     if !can_verify(&V1, &disk)? {

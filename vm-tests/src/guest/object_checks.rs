@@ -91,7 +91,7 @@ fn right_digests_pass(fixture: &Fixture, place: &Path, kind: ObjectCheck) -> Res
     Ok(())
 }
 
-/// Returns the last object, which no sample contains.
+/// Returns the last object, which sealmount does not sample.
 fn last_object(fixture: &Fixture, place: &Path) -> Result<PathBuf, Error> {
     let mut objects = fixtures::objects(&fixture.objects_in(place))?;
     Ok(objects.pop().ok_or("no objects")?)

@@ -90,7 +90,8 @@ fn overlay_stacks_on_upper_layer(guest: &mut Guest) -> Result<(), Error> {
     assert_stacks(mounted, &disk)
 }
 
-/// Without a loop device, the mount stands. An event says that no overlay can be mounted on the mount.
+/// Without a loop device, sealmount still mounts. An event reports that no overlay can be mounted on the
+/// mount.
 fn stacking_is_reported_without_loop(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let image = V1.image_in(&disk);
@@ -125,8 +126,8 @@ fn assert_source(mounted: &Mounted, place: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Mounts two overlays on the tree, one after the other: read-only beside an extension, as systemd-sysext
-/// does, and with an upper layer, as container runtimes do.
+/// Mounts two overlays on the tree, one after the other. The first overlay is read-only, beside an
+/// extension, as systemd-sysext mounts. The second overlay has an upper layer, as container runtimes mount.
 fn assert_stacks(mounted: Mounted, disk: &Path) -> Result<(), Error> {
     let place = disk.join("stacked");
     let _ = fs::remove_dir_all(&place);

@@ -185,7 +185,7 @@ impl Harm {
         Ok(())
     }
 
-    /// Checks that sealmount rejected the mount because of this change of this object.
+    /// Checks that sealmount rejected the mount, and that the error names this change of this object.
     fn assert_rejected(self, error: Option<MountError>, object: &Path) {
         let Some(MountError::Overlay(error)) = error else {
             panic!("{} {self:?} {error:?}", object.display())
@@ -212,10 +212,10 @@ impl Harm {
 /// Checks that only files with the content of the changed object return an error, or that sealmount rejects
 /// the object.
 ///
-/// At mount time, sealmount samples the first objects and detects only missing fs-verity. So the
-/// scenario changes the first object, then the last object. sealmount also reads the files of [`SAMPLED`], and
-/// detects every change of their objects. With `tryverity`, sealmount mounts in spite of missing fs-verity and
-/// reports it.
+/// At mount time, sealmount samples the first objects and detects only missing fs-verity. So the scenario
+/// changes the first object, then the last object. sealmount also reads the files of [`SAMPLED`], and
+/// detects every change of their objects. With `tryverity`, sealmount mounts without fs-verity and reports
+/// the reason.
 fn bad_objects(guest: &mut Guest, disk: &str) -> Result<(), Error> {
     let (disk, fixtures) = verifiable(guest, disk)?;
     let can_enforce = probe::overlayfs()?.verity;

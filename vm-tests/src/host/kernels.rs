@@ -33,16 +33,16 @@ enum Default {
 const FLAVOUR: &str = "-cloud-amd64";
 
 /// The advice for a version that the mirror does not have.
-const REMOVED: &str = "mirrors remove old versions: give the list DEFAULT in vm-tests/src/host/kernels.rs \
-    another version with the same fault, or set SEALMOUNT_VM_SERIES=6.1,6.12,7.2,7.3";
+const REMOVED: &str = "mirrors remove old versions: put another version with the same fault into the list \
+    DEFAULT of vm-tests/src/host/kernels.rs, or set SEALMOUNT_VM_SERIES=6.1,6.12,7.2,7.3";
 
 /// The source of a kernel that the host has not fetched yet.
 #[derive(Clone, Debug)]
 pub enum Wanted {
     /// The newest kernel of Debian that starts with these numbers.
     Series(String),
-    /// A version of Debian with a fault that other versions of its series do not have. Only the machines
-    /// with [`Machine::on_faulty_kernels`] boot it.
+    /// A version of Debian with a fault that other versions of its series do not have. Only machines with
+    /// [`Machine::on_faulty_kernels`] boot this version.
     FaultyVersion(String),
     Directory(PathBuf),
 }
@@ -177,8 +177,8 @@ fn release(head: &[u8]) -> Option<String> {
     Some(std::str::from_utf8(text).ok()?.to_owned()).filter(|text| !text.is_empty())
 }
 
-/// Returns a kernel of Debian, from an earlier run or from the mirror. `advice` ends the message if the mirror
-/// does not have the kernel.
+/// Returns a kernel of Debian, from an earlier run or from the mirror. If the mirror does not have the
+/// kernel, the message ends with `advice`.
 fn fetched(lab: &Lab, series: &str, advice: &str) -> Result<Kernel, Error> {
     /// The lock allows one fetch at a time. Later fetches use the package lists of the first fetch.
     static APT: Mutex<Option<Apt>> = Mutex::new(None);
@@ -229,7 +229,7 @@ fn fetched(lab: &Lab, series: &str, advice: &str) -> Result<Kernel, Error> {
     Kernel::in_directory(&dir)
 }
 
-/// Checks that a fetched kernel has an image and modules. A package may lack parts that no test needs: Debian's
+/// Checks that a fetched kernel has an image and modules. A package may lack parts that no test needs: the
 /// mirror lacks linux-base of 6.18.5, which has no files of the kernel.
 fn check(dir: &Path) -> Result<(), Error> {
     match Kernel::in_directory(dir)?.modules_dir {
