@@ -158,7 +158,7 @@ impl fmt::Display for Event {
                 write!(f, "image idmapped with {}", shown(user_namespace))
             }
             Event::Checking(CheckProgress { done, total, .. }) => {
-                write!(f, "checking objects: {done} of {total} files")
+                write!(f, "checking objects: {done} of {total} files and directories")
             }
             Event::ObjectsChecked(report) => report.fmt(f),
             Event::Verity(verity) => verity.fmt(f),

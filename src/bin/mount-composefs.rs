@@ -39,9 +39,9 @@ Options:
   verity=try             check objects if kernel and objects allow it
   verity=off, noverity   do not check objects
   tryverity              as verity=try; with digest=, as verity
-  check=sample           sample objects of each directory for fs-verity, with verity (default)
-  check=all              check that every object of the image is there, and its digest with verity
-  check=content          the same, and read every object to compute its digest
+  check=sample           with verity, sample objects for fs-verity and read a few files (default)
+  check=all              check type and size of every object; with verity, also its fs-verity digest
+  check=content          the same; also read every object and compute its digest
   check=none             do not check objects before the mount
   copy[=memfd]           mount a copy of the image in sealed memory; the image may be
                          compressed with zstd, xz or gzip
