@@ -50,7 +50,8 @@ impl MountOptions {
     /// [`Event::ObjectMissing`]. With [`Verity::Require`], both methods reject the mount instead.
     ///
     /// Besides the threads of a copy or of a check of every object, a mount starts at most one thread at a
-    /// time. A private procfs needs a thread. Before Linux 6.15, a private mount namespace needs a thread too.
+    /// time. A private procfs needs a thread. Before Linux 6.15, a private mount namespace needs a thread
+    /// too.
     ///
     /// # Errors
     ///
