@@ -24,7 +24,7 @@ use test_support::{mount_at, umount};
 
 use fault::{Fault, Piece, Recorded};
 use outcome::{Memory, Outcome, Row, Witness};
-use scenarios::{Expected, Place, SCENARIOS, Scenario, is_measurement};
+use scenarios::{Expected, Place, REST, SCENARIOS, Scenario, is_measurement};
 
 /// A run without a fault needs some milliseconds. A run that tries a thousand loop devices needs
 /// seconds.
@@ -42,6 +42,19 @@ fn main() -> ExitCode {
         Err(_) => false,
         Ok(value) if value == "all" => true,
         Ok(value) => panic!("SEALMOUNT_FAULTS={value}: the only valid value is \"all\""),
+    };
+    for name in REST {
+        assert!(SCENARIOS.iter().any(|scenario| scenario.name == *name), "no scenario {name}");
+    }
+    let part = std::env::var("SEALMOUNT_TESTS").unwrap_or("all".into());
+    let is_selected = |number: &usize| {
+        let is_rest = REST.contains(&SCENARIOS[*number].name);
+        match part.as_str() {
+            "all" => true,
+            "quick" => !is_rest,
+            "rest" => is_rest,
+            part => panic!("SEALMOUNT_TESTS={part}: must be all, quick or rest"),
+        }
     };
     let rows = Arc::new(Mutex::new(Vec::new()));
     let trial = |number: usize| {
@@ -61,7 +74,7 @@ fn main() -> ExitCode {
         })
     };
     let memory = Memory::now();
-    let trials = (0..SCENARIOS.len()).map(trial).collect();
+    let trials = (0..SCENARIOS.len()).filter(is_selected).map(trial).collect();
     let started = Instant::now();
     let conclusion = libtest_mimic::run(&arguments, trials);
     let mut rows = std::mem::take(&mut *rows.lock().unwrap());

@@ -153,6 +153,20 @@ fn sealed_memfd(name: &str, content: &[u8]) -> File {
 /// The UUID of EROFS, which does not affect the tree.
 const UUID: usize = 1024 + 48;
 
+/// The scenarios of `tests/run ci`. Other scenarios make almost the same calls.
+pub const REST: &[&str] = &[
+    "zstd, memfd",
+    "gzip, memfd",
+    "verbose, namespace",
+    "wrong digest, ramfs",
+    "wrong digest by the kernel, memfd",
+    "digest by the kernel, memfd",
+    "digest by FUSE, memfd",
+    "check=content",
+    "as on 6.6, upper layer",
+    "as on 6.12, verity",
+];
+
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "plain",
