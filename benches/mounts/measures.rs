@@ -20,8 +20,8 @@ use Limit::{AtLeast, AtMost};
 const HELPER_SIZE_GROUP: &str = "MiB";
 const HELPER_SIZE: &str = "static helper";
 
-/// The size of commit ebb0dd4, 1.73 MiB, and 64 KiB.
-const HELPER_SIZE_MAX: f64 = 1.79;
+/// The size of commit 459fe72, 1.98 MiB, and 64 KiB.
+const HELPER_SIZE_MAX: f64 = 2.04;
 
 /// A figure of each round.
 struct Found {
