@@ -169,8 +169,6 @@ const CALLS: &[SystemCall] = &[
     call("fsopen", libc::SYS_fsopen, &[ENOENT, ENOTBLK, ENODEV], &[EFAULT]),
     call("fspick", libc::SYS_fspick, &[], PATH),
     call("fstat", libc::SYS_fstat, &[], PATH),
-    // A cgroup that cannot be opened has no known limit.
-    call("openat2", libc::SYS_openat2, &[], &[EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EXDEV, E2BIG]),
     call("fstatfs", libc::SYS_fstatfs, &[], PATH),
     call("futex", libc::SYS_futex, &[ETIMEDOUT], &[EDEADLK, EFAULT, ESRCH]),
     call("getcwd", libc::SYS_getcwd, &[ERANGE], &[EFAULT, ENAMETOOLONG, ENOENT]),
@@ -240,6 +238,7 @@ const CALLS: &[SystemCall] = &[
     call(
         "openat2",
         libc::SYS_openat2,
+        // A cgroup that cannot be opened has no known limit.
         // EPERM also means that O_NOATIME is not permitted.
         &[EACCES, EIO, ELOOP, ENOENT, ENOTDIR, EPERM, EXDEV],
         &[E2BIG, EBADF, EFAULT, EISDIR, ENAMETOOLONG, EOPNOTSUPP, EOVERFLOW, ENXIO],
