@@ -221,6 +221,29 @@ fn missing_object_is_reported_without_verity() {
     umount(&helper.mount_point());
 }
 
+/// overlayfs ignores a file that is not regular, and looks in the next directory.
+#[test]
+fn object_behind_a_fifo_is_found() {
+    let Some(helper) = Helper::new() else { return };
+    let object = helper.object();
+    let original = helper.sandbox.path("objects").join(&object);
+    let second = helper.sandbox.directory("second");
+    fs::create_dir(second.join(object.split_once('/').unwrap().0)).unwrap();
+    fs::rename(&original, second.join(&object)).unwrap();
+    mknodat(CWD, &original, FileType::Fifo, Mode::RWXU, 0).unwrap();
+    let options = format!(":{},verity", second.display());
+    helper.assert_rejected(
+        helper.run(&options, &mut with_verity(Measured::Right)),
+        "although the object of the file has the right fs-verity digest\n",
+        "hint: use another kernel",
+    );
+    let (end, text) = helper.run("", &mut |_| Action::Proceed);
+    assert_eq!(end, End::Exited(0), "{text}");
+    let message = format!("no object directory has its object {object}\n");
+    assert!(text.contains(&message), "{text}");
+    umount(&helper.mount_point());
+}
+
 /// An upper layer may have a FIFO, a device, a link or a whiteout at the path of a sampled file.
 #[test]
 fn replaced_files_are_not_opened() {

@@ -331,7 +331,8 @@ impl<'a> Shared<'a> {
         let Reference { object: Some(object), size, digest: Some(digest), .. } = reference else {
             return Ok(Ok(None));
         };
-        let file = match self.check.store.find(object).and_then(|found| found.open()) {
+        let found = self.check.store.find(object).map_err(ObjectProblem::from);
+        let file = match found.and_then(|found| found.open()) {
             Ok(file) => file,
             Err(problem) => return Ok(Err(problem)),
         };

@@ -31,9 +31,24 @@ struct Directory<'a> {
 /// An object that is a regular file.
 pub(crate) struct Found<'a> {
     directory: BorrowedFd<'a>,
+    /// The index of the directory.
+    pub index: usize,
     object: &'a Path,
     /// The size, in bytes.
     pub size: u64,
+}
+
+/// The reason why no directory has a usable object.
+pub(crate) struct NotFound {
+    /// The index of the directory with the problem.
+    pub index: usize,
+    pub problem: ObjectProblem,
+}
+
+impl From<NotFound> for ObjectProblem {
+    fn from(not_found: NotFound) -> ObjectProblem {
+        not_found.problem
+    }
 }
 
 impl<'a> Store<'a> {
@@ -47,24 +62,24 @@ impl<'a> Store<'a> {
 
     /// Finds an object: the first regular file in the order of the directories, as overlayfs does. Does not
     /// open the object for reading.
-    pub fn find<'b>(&'b self, object: &'b Path) -> Result<Found<'b>, ObjectProblem> {
-        let mut problem = ObjectProblem::Missing;
-        for directory in &self.directories {
+    pub fn find<'b>(&'b self, object: &'b Path) -> Result<Found<'b>, NotFound> {
+        let mut not_found = NotFound { index: 0, problem: ObjectProblem::Missing };
+        for (index, directory) in self.directories.iter().enumerate() {
             let size = match directory.quick_size_of(object) {
                 Some(size) => Ok(size),
                 None => size_of(directory.fd, object),
             };
             match size {
-                Ok(size) => return Ok(Found { directory: directory.fd, object, size }),
+                Ok(size) => return Ok(Found { directory: directory.fd, index, object, size }),
                 // If no directory has the object, the first other problem is the best message.
-                Err(other) => {
-                    if let ObjectProblem::Missing = problem {
-                        problem = other;
+                Err(problem) => {
+                    if let ObjectProblem::Missing = not_found.problem {
+                        not_found = NotFound { index, problem };
                     }
                 }
             }
         }
-        Err(problem)
+        Err(not_found)
     }
 }
 

@@ -5,7 +5,6 @@
 //! The files are found on the EROFS mount, where a walk needs no object directory. They are read through the
 //! overlay.
 
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -16,10 +15,11 @@ use rustix::io::Errno;
 use crate::digest::measure::measure;
 use crate::digest::{Digest, VerityStatus, VerityUnavailable};
 use crate::kernel::{KernelError, Operation};
-use crate::objects::store::open_beneath;
+use crate::objects::ObjectProblem;
+use crate::objects::store::{Found, NotFound, Store, open_beneath};
 use crate::objects::walk::read_reference;
 use crate::overlay::error::OverlayError;
-use crate::overlay::layers::Layer;
+use crate::overlay::layers::Layers;
 
 /// The limits of the walk: files to return, regular files, directory entries, and directories to read. The
 /// root of a V1 image alone has 256 whiteouts. docs/design.md has the cost of the walk.
@@ -140,7 +140,7 @@ fn is_denied(errno: Errno) -> bool {
 pub(crate) fn read_files(
     mount: impl AsFd,
     files: &[SampledFile],
-    objects: &[Layer],
+    layers: &Layers,
 ) -> Result<(), OverlayError> {
     for file in files {
         let failed = |operation, errno| KernelError::new(operation, errno).on(file.shown_path());
@@ -151,7 +151,7 @@ pub(crate) fn read_files(
                     .map_err(|errno| failed(Operation::ReadThrough, errno))?;
             }
             Err(errno @ (Errno::IO | Errno::NOENT)) => {
-                require_object(file, objects)?;
+                require_object(file, layers)?;
                 // The object is right, so the kernel is the reason.
                 return Err(match errno {
                     Errno::IO => OverlayError::VerityBroken { file: file.shown_path() },
@@ -190,11 +190,19 @@ fn open_through(mount: impl AsFd, path: &Path) -> Result<Option<OwnedFd>, Errno>
 }
 
 /// Checks that the object of a file exists and has the digest of the image.
-fn require_object(file: &SampledFile, objects: &[Layer]) -> Result<(), OverlayError> {
+fn require_object(file: &SampledFile, layers: &Layers) -> Result<(), OverlayError> {
     let missing =
         || OverlayError::ObjectMissing { file: file.shown_path(), object: file.object.clone() };
-    let (object, path) =
-        open_object(file, objects, OFlags::RDONLY | OFlags::NONBLOCK)?.ok_or_else(missing)?;
+    let store = layers.store()?;
+    let found = find_object(&store, file, layers)?.ok_or_else(missing)?;
+    let path = layers.objects[found.index].path().join(&file.object);
+    let object = match found.open() {
+        Ok(object) => object,
+        Err(problem) => {
+            reject_unreadable(problem, &path)?;
+            return Err(missing());
+        }
+    };
     let Some(expected) = file.digest else {
         let (path, reason) = (file.shown_path(), VerityUnavailable::NoDigest);
         return Err(OverlayError::ObjectsVerityUnavailable { path, reason });
@@ -216,34 +224,38 @@ fn require_object(file: &SampledFile, objects: &[Layer]) -> Result<(), OverlayEr
     Err(OverlayError::ObjectsVerityUnavailable { path, reason })
 }
 
-/// Returns the object of a file and its path, from the first directory that has the object.
-fn open_object(
-    file: &SampledFile,
-    objects: &[Layer],
-    flags: OFlags,
-) -> Result<Option<(File, PathBuf)>, KernelError> {
-    for layer in objects {
-        match open_beneath(layer.fd.as_fd(), &file.object, flags | OFlags::NOFOLLOW) {
-            Ok(object) => return Ok(Some((object.into(), layer.path().join(&file.object)))),
-            // overlayfs looks in the next directory.
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {}
-            Err(errno) => {
-                let path = layer.path().join(&file.object);
-                return Err(KernelError::new(Operation::SampleObjects, errno).on(path));
-            }
+/// Finds the object of a file. Returns `None` if overlayfs finds no object.
+fn find_object<'a>(
+    store: &'a Store,
+    file: &'a SampledFile,
+    layers: &Layers,
+) -> Result<Option<Found<'a>>, KernelError> {
+    store.find(&file.object).map(Some).or_else(|NotFound { index, problem }| {
+        reject_unreadable(problem, &layers.objects[index].path().join(&file.object))?;
+        Ok(None)
+    })
+}
+
+/// Rejects an object that exists and cannot be opened.
+fn reject_unreadable(problem: ObjectProblem, path: &Path) -> Result<(), KernelError> {
+    match problem {
+        // The object is on another mount, where overlayfs does not look.
+        ObjectProblem::Unreadable(error) if error.errno != Errno::XDEV => {
+            Err(KernelError::new(Operation::SampleObjects, error.errno).on(path))
         }
+        _ => Ok(()),
     }
-    Ok(None)
 }
 
 /// Returns the files whose object is in no object directory.
 pub(crate) fn without_object(
     files: Vec<SampledFile>,
-    objects: &[Layer],
+    layers: &Layers,
 ) -> Result<Vec<SampledFile>, KernelError> {
+    let store = layers.store()?;
     let mut missing = Vec::new();
     for file in files {
-        if open_object(&file, objects, OFlags::PATH)?.is_none() {
+        if find_object(&store, &file, layers)?.is_none() {
             missing.push(file);
         }
     }

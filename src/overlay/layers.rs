@@ -7,6 +7,7 @@ use rustix::fs::{AtFlags, FsWord, StatxFlags, fstat, fstatfs, statx};
 
 use crate::kernel::{KernelError, Operation};
 use crate::location::{DirectoryRole, Location};
+use crate::objects::store::Store;
 use crate::overlay::error::OverlayError;
 use crate::overlay::options::UpperLayer;
 
@@ -65,6 +66,12 @@ impl Layers {
     pub fn are_on_overlay(&self) -> bool {
         let upper = self.upper.iter().map(|upper| &upper.upperdir);
         self.objects.iter().chain(upper).any(Layer::is_on_overlay)
+    }
+
+    /// Returns the object directories, for a search by the rules of overlayfs.
+    pub fn store(&self) -> Result<Store<'_>, KernelError> {
+        Store::new(self.objects.iter().map(|layer| layer.fd.as_fd()))
+            .map_err(|errno| KernelError::new(Operation::StatDirectory, errno))
     }
 
     /// Rejects layers for which overlayfs fails with an ambiguous errno: one directory for two layers (ELOOP,

@@ -26,7 +26,6 @@ use crate::kernel::private_namespace::in_private_namespace;
 use crate::kernel::{KernelError, Operation, Unsupported};
 use crate::location::{DirectoryRole, Location};
 use crate::objects::check::{Check, OnCheckProgress, VerityNeed};
-use crate::objects::store::Store;
 use crate::objects::{CheckProgress, CheckReport, ObjectCheck};
 use crate::source::Source;
 
@@ -221,10 +220,7 @@ impl Overlay {
             Verity::Try => VerityNeed::IfAvailable,
             Verity::Off => VerityNeed::None,
         };
-        let directories = self.layers.objects.iter().map(|layer| layer.fd.as_fd());
-        let store = Store::new(directories)
-            .map_err(|errno| KernelError::new(Operation::StatDirectory, errno))?;
-        let report = Check { image, store, check, verity }.run(events)?;
+        let report = Check { image, store: self.layers.store()?, check, verity }.run(events)?;
         if report.failed > 0 {
             let (image, report) = (image.source().path().to_owned(), Box::new(report));
             return Err(OverlayError::ObjectsDamaged { image, report });
@@ -328,7 +324,7 @@ impl Overlay {
             return Vec::new();
         }
         sample_files(image)
-            .and_then(|files| without_object(files, &self.layers.objects))
+            .and_then(|files| without_object(files, &self.layers))
             .unwrap_or_default()
     }
 
@@ -490,7 +486,7 @@ impl Mounting<'_> {
     ///
     /// With [`Verity::Try`], an error has an effect only if objects or kernel do not support verity.
     fn read_files(&self, mount: &OwnedFd) -> Result<ObjectVerity, OverlayError> {
-        let error = match read_files(mount, &self.files, &self.layers.objects) {
+        let error = match read_files(mount, &self.files, self.layers) {
             Ok(()) => return Ok(ObjectVerity::Enforced),
             Err(error) if self.verity == Verity::Require => return Err(error),
             Err(error) => error,
