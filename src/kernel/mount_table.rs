@@ -4,6 +4,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
 
 /// An option, with its value if it has one.
 pub(crate) type ShownOption = (OsString, Option<OsString>);
@@ -11,6 +12,11 @@ pub(crate) type ShownOption = (OsString, Option<OsString>);
 /// One line of the table.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct MountLine {
+    /// `STATX_MNT_ID` of the mount.
+    pub id: u64,
+    /// The path of the root of the mount, in its file system.
+    pub root: PathBuf,
+    pub mount_point: PathBuf,
     pub fs_type: OsString,
     /// The attributes of the mount.
     pub attributes: Vec<ShownOption>,
@@ -18,36 +24,42 @@ pub(crate) struct MountLine {
     pub superblock: Vec<ShownOption>,
 }
 
-/// Returns the line of the mount with this ID (`STATX_MNT_ID`).
+/// Returns the mounts of the table, without damaged lines.
+pub(crate) fn mounts(table: &[u8]) -> impl Iterator<Item = MountLine> {
+    table.split(|byte| *byte == b'\n').filter_map(parse_line)
+}
+
+/// Returns the line of the mount with this ID.
 pub(crate) fn find_mount(table: &[u8], id: u64) -> Option<MountLine> {
-    let id = id.to_string();
-    table
-        .split(|byte| *byte == b'\n')
-        .find(|line| line.split(|byte| *byte == b' ').next() == Some(id.as_bytes()))
-        .and_then(parse_line)
+    mounts(table).find(|line| line.id == id)
 }
 
 /// Parses a line: ID, ID of the parent, device, root, mount point, attributes, tags, `-`, type, source,
 /// options.
 fn parse_line(line: &[u8]) -> Option<MountLine> {
     let mut fields = line.split(|byte| *byte == b' ');
-    let attributes = options(fields.nth(5)?);
+    let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+    let (root, mount_point) = (text(fields.nth(2)?).into(), text(fields.next()?).into());
+    let attributes = options(fields.next()?);
     let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
-    let fs_type = OsString::from_vec(unescape(fields.next()?));
-    Some(MountLine { fs_type, attributes, superblock: options(fields.nth(1)?) })
+    let (fs_type, superblock) = (text(fields.next()?), options(fields.nth(1)?));
+    Some(MountLine { id, root, mount_point, fs_type, attributes, superblock })
+}
+
+fn text(field: &[u8]) -> OsString {
+    OsString::from_vec(unescape(field))
 }
 
 fn options(field: &[u8]) -> Vec<ShownOption> {
     let mut options = Vec::new();
     let mut rest = Some(field);
-    while let Some(text) = rest {
-        let (option, more) = split_option(text);
+    while let Some(left) = rest {
+        let (option, more) = split_option(left);
         rest = more;
         let (name, value) = match option.iter().position(|byte| *byte == b'=') {
             Some(equals) => (&option[..equals], Some(&option[equals + 1..])),
             None => (option, None),
         };
-        let text = |bytes: &[u8]| OsString::from_vec(unescape(bytes));
         options.push((text(name), value.map(|value| text(without_quotes(value)))));
     }
     options
@@ -71,7 +83,7 @@ fn without_quotes(value: &[u8]) -> &[u8] {
     value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value)
 }
 
-/// Decodes the characters that the kernel writes as a backslash and three octal digits.
+/// Decodes the bytes that the kernel writes as a backslash and three octal digits.
 fn unescape(text: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(text.len());
     let mut rest = text;
@@ -126,6 +138,8 @@ pub(crate) fn data_layers(superblock: &[ShownOption]) -> Vec<&OsStr> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -147,9 +161,18 @@ mod tests {
         assert_eq!(value(&line.superblock, "redirect_dir"), Some("on".as_ref()));
         assert!(has_flag(&line.superblock, "ro") && !has_flag(&line.superblock, "redirect_dir"));
         let line = find_mount(TABLE, 71).unwrap();
+        assert_eq!(line.mount_point, Path::new("/mnt/b c"));
         let context = option("context", Some("a:s0:c1,c2"));
         assert_eq!(line.superblock, [option("rw", None), context, option("discard", None)]);
         assert_eq!(find_mount(TABLE, 7), None);
+    }
+
+    #[test]
+    fn only_whole_octal_escapes_are_decoded() {
+        for plain in ["\\", "\\04", "\\048", "\\+40", "\\ 40", "\\400", "\\x40"] {
+            assert_eq!(unescape(plain.as_bytes()), plain.as_bytes());
+        }
+        assert_eq!(unescape(b"\\\\040\\0401\\377"), b"\\ \x201\xff");
     }
 
     #[test]
@@ -168,6 +191,22 @@ mod tests {
         #[test]
         fn any_table_parses_without_panic(table: Vec<u8>, id in 0..3_u64) {
             find_mount(&table, id);
+        }
+
+        #[test]
+        fn escaped_bytes_are_decoded(bytes: Vec<(u8, bool)>) {
+            let mut path = Vec::new();
+            let mut escaped = b"1 2 0:1 / ".to_vec();
+            for (byte, is_plain) in bytes {
+                path.push(byte);
+                match is_plain && !b" \n\\".contains(&byte) {
+                    true => escaped.push(byte),
+                    false => escaped.extend(format!("\\{byte:03o}").into_bytes()),
+                }
+            }
+            escaped.extend(b" rw - tmpfs x rw");
+            let line = find_mount(&escaped, 1).unwrap();
+            prop_assert_eq!(line.mount_point.as_os_str().as_bytes(), &path);
         }
 
         #[test]

@@ -15,6 +15,7 @@ use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags, openat, openat2, statx};
 
+use crate::kernel::mount_table::{MountLine, has_flag, mounts};
 use crate::kernel::procfs::{self, Procfs};
 
 /// A limit of cgroup v1 from this value on means that there is no limit.
@@ -44,8 +45,8 @@ pub(crate) fn full_cgroup(procfs: Option<&Procfs>, size: u64) -> Option<FullCgro
         return None;
     }
     let mountinfo = procfs::read_file(procfs, "thread-self/mountinfo")?;
-    let mount = HierarchyMount::find(&mountinfo, &membership)?;
-    let root = mount.open()?;
+    let mount = find_hierarchy(&mountinfo, &membership)?;
+    let root = open_root(&mount)?;
     let full = |path: &Path| {
         let inside = path.strip_prefix(&mount.root).ok()?;
         let (limit, available) = membership.version.room(&root, inside, size)?;
@@ -126,74 +127,24 @@ impl<'a> Membership<'a> {
     }
 }
 
-/// A mount of a hierarchy, in the mount namespace of the calling thread.
-#[derive(Debug, PartialEq, Eq)]
-struct HierarchyMount {
-    id: u64,
-    /// The cgroup at the root of the mount.
-    root: PathBuf,
-    mount_point: PathBuf,
+/// Finds the mount that shows the most ancestors of the cgroup, in the text of /proc/self/mountinfo.
+fn find_hierarchy(mountinfo: &[u8], membership: &Membership) -> Option<MountLine> {
+    let is_hierarchy = |mount: &MountLine| match membership.version {
+        Version::V1 => mount.fs_type == "cgroup" && has_flag(&mount.superblock, "memory"),
+        Version::V2 => mount.fs_type == "cgroup2",
+    };
+    mounts(mountinfo)
+        .filter(|mount| is_hierarchy(mount) && membership.path.starts_with(&mount.root))
+        .min_by_key(|mount| mount.root.as_os_str().len())
 }
 
-impl HierarchyMount {
-    /// Finds the mount that shows the most ancestors of the cgroup, in the text of /proc/self/mountinfo.
-    fn find(mountinfo: &[u8], membership: &Membership) -> Option<HierarchyMount> {
-        let lines = mountinfo.split(|byte| *byte == b'\n');
-        let mounts = lines.filter_map(|line| HierarchyMount::parse(line, membership));
-        mounts.min_by_key(|mount| mount.root.as_os_str().len())
-    }
-
-    /// Parses a line: `ID PARENT DEVICE ROOT MOUNT_POINT OPTIONS … - TYPE SOURCE OPTIONS`.
-    fn parse(line: &[u8], membership: &Membership) -> Option<HierarchyMount> {
-        let mut fields = line.split(|byte| *byte == b' ');
-        let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
-        let mut path =
-            |skipped| Some(PathBuf::from(OsStr::from_bytes(&unescaped(fields.nth(skipped)?))));
-        let (root, mount_point) = (path(2)?, path(0)?);
-        fields.find(|field| *field == b"-")?;
-        let (kind, options) = (fields.next()?, fields.nth(1)?);
-        let is_hierarchy = match membership.version {
-            Version::V1 => {
-                kind == b"cgroup" && options.split(|b| *b == b',').any(|o| o == b"memory")
-            }
-            Version::V2 => kind == b"cgroup2",
-        };
-        (is_hierarchy && membership.path.starts_with(&root)).then_some(HierarchyMount {
-            id,
-            root,
-            mount_point,
-        })
-    }
-
-    /// Opens the root of the mount. Returns `None` if the mount point leads to another mount.
-    fn open(&self) -> Option<OwnedFd> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = openat(CWD, &self.mount_point, flags, Mode::empty()).ok()?;
-        let found = statx(&root, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID).ok()?;
-        let is_known = found.stx_mask & StatxFlags::MNT_ID.bits() != 0;
-        (is_known && found.stx_mnt_id == self.id).then_some(root)
-    }
-}
-
-/// Returns a path of mountinfo, which has `\\` and three octal digits for some bytes.
-fn unescaped(field: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let mut rest = field;
-    while let Some((byte, after)) = rest.split_first() {
-        let digits = after.get(..3).filter(|_| *byte == b'\\');
-        let octal = digits.and_then(|digits| std::str::from_utf8(digits).ok());
-        match octal.and_then(|octal| u8::from_str_radix(octal, 8).ok()) {
-            Some(escaped) => {
-                bytes.push(escaped);
-                rest = &after[3..];
-            }
-            None => {
-                bytes.push(*byte);
-                rest = after;
-            }
-        }
-    }
-    bytes
+/// Opens the root of a mount. Returns `None` if the mount point leads to another mount.
+fn open_root(mount: &MountLine) -> Option<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = openat(CWD, &mount.mount_point, flags, Mode::empty()).ok()?;
+    let found = statx(&root, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID).ok()?;
+    let is_known = found.stx_mask & StatxFlags::MNT_ID.bits() != 0;
+    (is_known && found.stx_mnt_id == mount.id).then_some(root)
 }
 
 /// Reads a file of a cgroup. A removed cgroup has no files. A mount on top of a cgroup is not followed.
@@ -247,10 +198,11 @@ mod tests {
             34 1 0:21 / /v1 rw - cgroup cgroup rw,cpu,memory\n\
             35 1 0:22 / /cpu rw - cgroup memory rw,cpu\n";
         let find = |membership: &str, mountinfo: &[u8]| {
-            HierarchyMount::find(mountinfo, &Membership::parse(membership.as_bytes()).unwrap())
+            find_hierarchy(mountinfo, &Membership::parse(membership.as_bytes()).unwrap())
+                .map(|mount| (mount.id, mount.root, mount.mount_point))
         };
         let mount = |id, root: &str, mount_point: &str| {
-            Some(HierarchyMount { id, root: root.into(), mount_point: mount_point.into() })
+            Some((id, PathBuf::from(root), PathBuf::from(mount_point)))
         };
         assert_eq!(find("0::/a/b/c", mountinfo), mount(32, "/a", "/a \\x"));
         assert_eq!(find("0::/ab", mountinfo), None);
@@ -292,7 +244,7 @@ mod tests {
                     }
                 }
                 let membership = Membership { version: Version::V2, path: Path::new("/") };
-                let _ = HierarchyMount::find(text, &membership);
+                let _ = find_hierarchy(text, &membership);
                 let text = String::from_utf8_lossy(text);
                 let _ = (parse_limit(&text), Version::V1.parse_page_cache(&text));
             }
