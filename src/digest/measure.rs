@@ -39,6 +39,20 @@ impl fmt::Display for VerityStatus {
     }
 }
 
+impl VerityStatus {
+    /// Returns the digest that the kernel enforces, if it is a digest of this algorithm.
+    pub(crate) fn digest(self, algorithm: Algorithm) -> Result<Digest, VerityUnavailable> {
+        Err(match self {
+            VerityStatus::Digest(digest) if digest.algorithm() == algorithm => return Ok(digest),
+            VerityStatus::Digest(_) | VerityStatus::OtherAlgorithm(_) => {
+                VerityUnavailable::OtherAlgorithm(algorithm)
+            }
+            VerityStatus::NotEnabled => VerityUnavailable::NotEnabled,
+            VerityStatus::Unsupported => VerityUnavailable::Unsupported,
+        })
+    }
+}
+
 /// Measures the fs-verity digest of an open file or directory (FS_IOC_MEASURE_VERITY, Linux 5.4).
 pub(crate) fn measure(file: impl AsFd) -> Result<VerityStatus, Errno> {
     match fsverity::measure(&file) {

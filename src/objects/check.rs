@@ -546,13 +546,13 @@ impl<'a> Worker<'a> {
             ObjectProblem::Unreadable(Box::new(KernelError::new(Operation::MeasureVerity, errno)))
         };
         match measure(file).map_err(failed)? {
-            VerityStatus::Digest(found) if found == expected => Ok(()),
-            VerityStatus::Digest(found) => Err(ObjectProblem::WrongVerityDigest { found }),
-            VerityStatus::OtherAlgorithm(_) => {
-                self.unverified(VerityUnavailable::OtherAlgorithm(expected.algorithm()))
+            VerityStatus::Digest(found) if found != expected => {
+                Err(ObjectProblem::WrongVerityDigest { found })
             }
-            VerityStatus::NotEnabled => self.unverified(VerityUnavailable::NotEnabled),
-            VerityStatus::Unsupported => self.unverified(VerityUnavailable::Unsupported),
+            status => match status.digest(expected.algorithm()) {
+                Ok(_) => Ok(()),
+                Err(reason) => self.unverified(reason),
+            },
         }
     }
 

@@ -13,7 +13,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, fgetxattr, fstat, openat,
 use rustix::io::Errno;
 
 use crate::digest::measure::measure;
-use crate::digest::{Digest, VerityStatus, VerityUnavailable};
+use crate::digest::{Digest, VerityUnavailable};
 use crate::kernel::{KernelError, Operation};
 use crate::objects::ObjectProblem;
 use crate::objects::store::{Found, NotFound, Store, open_beneath};
@@ -209,19 +209,14 @@ fn require_object(file: &SampledFile, layers: &Layers) -> Result<(), OverlayErro
     };
     let measured = measure(&object)
         .map_err(|errno| KernelError::new(Operation::MeasureVerity, errno).on(&path))?;
-    let reason = match measured {
-        VerityStatus::Digest(found) if found == expected => return Ok(()),
-        VerityStatus::Digest(found) if found.algorithm() == expected.algorithm() => {
+    match measured.digest(expected.algorithm()) {
+        Ok(found) if found == expected => Ok(()),
+        Ok(found) => {
             let (expected, found) = (Box::new(expected), Box::new(found));
-            return Err(OverlayError::ObjectMismatch { path, expected, found });
+            Err(OverlayError::ObjectMismatch { path, expected, found })
         }
-        VerityStatus::Digest(_) | VerityStatus::OtherAlgorithm(_) => {
-            VerityUnavailable::OtherAlgorithm(expected.algorithm())
-        }
-        VerityStatus::NotEnabled => VerityUnavailable::NotEnabled,
-        VerityStatus::Unsupported => VerityUnavailable::Unsupported,
-    };
-    Err(OverlayError::ObjectsVerityUnavailable { path, reason })
+        Err(reason) => Err(OverlayError::ObjectsVerityUnavailable { path, reason }),
+    }
 }
 
 /// Finds the object of a file. Returns `None` if overlayfs finds no object.

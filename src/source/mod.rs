@@ -17,8 +17,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::digest::Digest;
 use crate::digest::parallel::{Halted, OnProgress, of_sealed_memfd};
-use crate::digest::{Digest, VerityStatus, VerityUnavailable};
 use crate::image::compression::is_supported;
 use crate::image::{Compression, Content, Format, Header, Image, ImageProblem};
 use crate::kernel::procfs::Procfs;
@@ -344,18 +344,13 @@ impl Image {
 
     /// Checks that the kernel enforces this digest on the file.
     fn check_measurement(&self, expected: Digest) -> Result<(), SourceError> {
-        let reason = match self.verity()? {
-            VerityStatus::Digest(found) if found == expected => return Ok(()),
-            VerityStatus::Digest(found) if found.algorithm() == expected.algorithm() => {
-                return Err(SourceError::mismatch(self.path(), expected, found));
+        match self.verity()?.digest(expected.algorithm()) {
+            Ok(found) if found == expected => Ok(()),
+            Ok(found) => Err(SourceError::mismatch(self.path(), expected, found)),
+            Err(reason) => {
+                Err(SourceError::VerityUnavailable { image: self.path().to_owned(), reason })
             }
-            VerityStatus::Digest(_) | VerityStatus::OtherAlgorithm(_) => {
-                VerityUnavailable::OtherAlgorithm(expected.algorithm())
-            }
-            VerityStatus::NotEnabled => VerityUnavailable::NotEnabled,
-            VerityStatus::Unsupported => VerityUnavailable::Unsupported,
-        };
-        Err(SourceError::VerityUnavailable { image: self.path().to_owned(), reason })
+        }
     }
 }
 
