@@ -13,7 +13,7 @@ use rustix::mount::MountAttrFlags;
 use crate::kernel::fs_context::FsContext;
 use crate::kernel::mount_table::{MountLine, data_layers, find_mount, has_flag, value};
 use crate::kernel::procfs::Procfs;
-use crate::kernel::{ErrorKind, Hint, KernelError, Operation};
+use crate::kernel::{ErrorKind, Hint, KernelError, Operation, errno_text};
 use crate::location::{DirectoryError, DirectoryRole, Location, is_same_file};
 use crate::options::{MountFlags, MountOptions, OptionsError, RemountOptions};
 use crate::overlay::{Atime, MountAttributes, Verity, mount_attributes};
@@ -240,7 +240,7 @@ impl AttachedMount {
     ///
     /// # Errors
     ///
-    /// [`RemountError`]. The flags are then the same as before.
+    /// [`RemountError`]. The flags are then the same as before, except with [`RemountError::NotUndone`].
     pub fn remount(self, flags: &MountFlags) -> Result<RemountReport, RemountError> {
         self.check_dirsync(flags)?;
         let before = self.flags();
@@ -255,14 +255,22 @@ impl AttachedMount {
         if new != old {
             self.set_attributes(new)?;
         }
-        if let Err(error) = self.change_superblock(&before, &after) {
-            if new != old {
-                // If the undo fails too, the first error still names the cause.
-                let _ = self.set_attributes(old);
-            }
-            return Err(error.into());
+        match self.change_superblock(&before, &after) {
+            Ok(()) => Ok(RemountReport { before, after }),
+            Err(error) if new == old => Err(error.into()),
+            Err(error) => Err(self.undo(old, error)),
         }
-        Ok(RemountReport { before, after })
+    }
+
+    /// Sets the old attributes again after an error.
+    fn undo(&self, old: MountAttrFlags, error: KernelError) -> RemountError {
+        match self.set_attributes(old) {
+            Ok(()) => error.into(),
+            Err(undo) => {
+                let (source, undo) = (Box::new(error), Box::new(undo));
+                RemountError::NotUndone { path: self.path.clone(), source, undo }
+            }
+        }
     }
 
     fn set_attributes(&self, attributes: MountAttrFlags) -> Result<(), KernelError> {
@@ -331,7 +339,8 @@ fn is_same_directory(given: &Path, shown: &Path) -> bool {
     given == shown || open(given).zip(open(shown)).is_some_and(is_same)
 }
 
-/// The reason why a mount is not remounted. The flags of the mount are the same as before.
+/// The reason why a mount is not remounted. The flags of the mount are the same as before, except with
+/// [`RemountError::NotUndone`].
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RemountError {
@@ -415,6 +424,23 @@ pub enum RemountError {
         problem: Option<Box<RecordError>>,
     },
 
+    /// The kernel changed the attributes of the mount, did not change its superblock, and did not set the old
+    /// attributes again. The mount has the new attributes, and the superblock has its old flags.
+    #[error(
+        "{}: cannot undo a part of the remount: {} (the remount failed: {source})",
+        shown(path),
+        errno_text(undo.errno)
+    )]
+    #[non_exhaustive]
+    NotUndone {
+        /// The path of the directory.
+        path: PathBuf,
+        /// The failed change of the superblock.
+        source: Box<KernelError>,
+        /// The failed undo.
+        undo: Box<KernelError>,
+    },
+
     /// A system call failed.
     #[error(transparent)]
     Kernel(Box<KernelError>),
@@ -425,7 +451,9 @@ impl RemountError {
     pub fn kernel(&self) -> Option<&KernelError> {
         match self {
             RemountError::NotRecorded { problem: Some(error), .. } => error.kernel(),
-            RemountError::Kernel(error) => Some(error),
+            RemountError::Kernel(error) | RemountError::NotUndone { source: error, .. } => {
+                Some(error)
+            }
             _ => None,
         }
     }
@@ -444,7 +472,9 @@ impl RemountError {
         match self {
             RemountError::Options(error) => error.kind(),
             RemountError::Directory(error) => error.kind(),
-            RemountError::Kernel(error) => error.kind(),
+            RemountError::Kernel(error) | RemountError::NotUndone { source: error, .. } => {
+                error.kind()
+            }
             RemountError::NotRecorded { .. }
             | RemountError::NotAMount { .. }
             | RemountError::OutOfReach { .. }
@@ -474,6 +504,9 @@ impl RemountError {
             }
             RemountError::NotRecorded { .. } => {
                 Hint::new("leave out digest, copy, size and idmap, or unmount and mount again")
+            }
+            RemountError::NotUndone { .. } => {
+                Hint::new("remount with the flags that the mount must have")
             }
             RemountError::NotAMount { .. } => Hint::new("give the directory of a mount"),
             RemountError::OtherFileSystem { .. } | RemountError::OtherOverlay { .. } => {

@@ -1,5 +1,5 @@
-//! Tests the reads of sampled files through a finished mount, and the trial overlay on the mount. A tracer
-//! imitates the kernels that fail.
+//! Tests the reads of sampled files through a finished mount, the trial overlay on the mount, and the undo of
+//! a remount. A tracer imitates the kernels that fail.
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!(
@@ -20,6 +20,7 @@ use test_support::{Sandbox, V1, assert_is_manifest, mount_at, sandbox, umount};
 const MEASURE_VERITY: u64 = 0xc004_6686;
 const FSCONFIG_SET_FD: u64 = 5;
 const FSCONFIG_CMD_CREATE: u64 = 6;
+const FSCONFIG_CMD_RECONFIGURE: u64 = 7;
 
 /// The files that sealmount samples in the image V1.
 const SAMPLED: [&str; 4] = ["data/4096", "data/4097", "data/65", "data/70000"];
@@ -291,6 +292,36 @@ fn denied_reads_of_files_still_mount() {
         assert_eq!(end, End::Exited(0), "{text}");
         umount(&helper.mount_point());
     }
+}
+
+/// If the superblock cannot be changed, the helper sets the old attributes of the mount again.
+#[test]
+fn failed_undo_of_remount_is_reported() {
+    let Some(helper) = Helper::new() else { return };
+    let upper = in_sandbox(&helper.sandbox, "upper");
+    let work = in_sandbox(&helper.sandbox, "work");
+    let layers = format!(",upperdir={upper},workdir={work}");
+    let (end, text) = helper.run(&layers, &mut |_| Action::Proceed);
+    assert_eq!(end, End::Exited(0), "{text}");
+    let mut attributes = 0;
+    let run = helper.run(&format!("{layers},remount,nosuid,sync"), &mut |call| match call.number {
+        libc::SYS_fsconfig if call.arguments[1] == FSCONFIG_CMD_RECONFIGURE => {
+            Action::Fail(Errno::EIO)
+        }
+        libc::SYS_mount_setattr => {
+            attributes += 1;
+            if attributes == 2 { Action::Fail(Errno::EBUSY) } else { Action::Proceed }
+        }
+        _ => Action::Proceed,
+    });
+    let (end, text) = run;
+    assert_eq!((end, attributes), (End::Exited(32), 2), "{text}");
+    let message =
+        "mnt: cannot undo a part of the remount: Device or resource busy (the remount failed: ";
+    assert!(text.contains(message) && text.contains("hint: remount with the flags"), "{text}");
+    let options = mount_at(&helper.mount_point()).unwrap().options;
+    assert!(options.contains(&"nosuid".into()) && !options.contains(&"sync".into()), "{options:?}");
+    umount(&helper.mount_point());
 }
 
 /// Imitates a kernel on which an EROFS from a file counts as a level of stacking. The superblock of an
