@@ -13,7 +13,7 @@ use crate::erofs::{ErofsMount, ErofsReport};
 use crate::kernel::mount::Mount;
 use crate::kernel::{ErrorKind, Hint, KernelError, Operation};
 use crate::location::{DirectoryError, DirectoryRole, Location};
-use crate::overlay::{ImageLayer, ObjectVerity, Overlay, OverlayError, OverlayReport};
+use crate::overlay::{ImageLayer, ObjectVerity, Overlay, OverlayError, OverlayReport, Samples};
 use crate::source::SourceReport;
 
 /// A report on a mount, stage by stage.
@@ -58,7 +58,8 @@ impl Overlay {
     pub fn mount(&self, image: &ErofsMount) -> Result<DetachedMount, OverlayError> {
         let check = self.check_before_mount(image, &mut |_| ControlFlow::Continue(()))?;
         let layer = ImageLayer::Borrowed(image);
-        let (mount, overlay) = self.mount_noting(layer, check, &mut Vec::new())?;
+        let (mount, overlay) =
+            self.mount_noting(layer, check, &Samples::default(), &mut Vec::new())?;
         let (source, erofs) = (image.source().report().clone(), image.report().clone());
         Ok(DetachedMount::new(mount, MountReport { source, erofs, overlay: Some(overlay) }))
     }

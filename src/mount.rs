@@ -15,7 +15,9 @@ use crate::kernel::{KernelError, Unsupported};
 use crate::location::Location;
 use crate::objects::CheckReport;
 use crate::options::MountOptions;
-use crate::overlay::{ImageLayer, LayerMethod, Overlay, OverlayError, OverlayReport, Verity};
+use crate::overlay::{
+    ImageLayer, LayerMethod, Overlay, OverlayError, OverlayReport, Samples, Verity,
+};
 use crate::source::{Source, SourceReport, Verified};
 
 impl MountOptions {
@@ -81,8 +83,9 @@ impl MountOptions {
         let result = source.mount_noting(&mut unsupported);
         events.send_unsupported(unsupported, Method::Source)?;
         let erofs = idmapped(result?, user_namespace.as_ref())?;
+        let samples = Samples::default();
         let missing = match events.are_wanted && self.effective_verity() != Verity::Require {
-            true => overlay.files_without_object(&erofs),
+            true => overlay.files_without_object(&erofs, &samples),
             false => Vec::new(),
         };
 
@@ -91,7 +94,7 @@ impl MountOptions {
         if let Some(report) = &check {
             events.send(Event::ObjectsChecked(report.clone()))?;
         }
-        let mut attempt = Attempt::new(&overlay, erofs, check.clone());
+        let mut attempt = Attempt::new(&overlay, erofs, check.clone(), &samples);
         if let Some(error) = attempt.stacking_error()
             && let Ok(erofs) = source.mount_by_loop_device(attempt.unsupported_sources(error))
         {
@@ -99,7 +102,8 @@ impl MountOptions {
             events.send(Event::MethodUnsupported { method, error: error.clone() })?;
             // An upper layer belongs to one mount at a time.
             drop(attempt);
-            attempt = Attempt::new(&overlay, idmapped(erofs, user_namespace.as_ref())?, check);
+            let erofs = idmapped(erofs, user_namespace.as_ref())?;
+            attempt = Attempt::new(&overlay, erofs, check, &samples);
         }
         events.send_erofs(&attempt.erofs)?;
         events.send_unsupported(attempt.unsupported, Method::Layers)?;
@@ -173,10 +177,16 @@ struct Attempt {
 }
 
 impl Attempt {
-    fn new(overlay: &Overlay, erofs: ErofsMount, check: Option<CheckReport>) -> Attempt {
+    fn new(
+        overlay: &Overlay,
+        erofs: ErofsMount,
+        check: Option<CheckReport>,
+        samples: &Samples,
+    ) -> Attempt {
         let report = erofs.report().clone();
         let mut unsupported = Vec::new();
-        let result = overlay.mount_noting(ImageLayer::Owned(erofs), check, &mut unsupported);
+        let image = ImageLayer::Owned(erofs);
+        let result = overlay.mount_noting(image, check, samples, &mut unsupported);
         Attempt { erofs: report, unsupported, result }
     }
 

@@ -344,6 +344,26 @@ fn without_stacking() -> impl FnMut(&Call) -> Action {
     }
 }
 
+/// The report of missing objects, the mount, and the mount by a loop device share the sampled files.
+#[test]
+fn files_of_image_are_sampled_once() {
+    let Some(helper) = Helper::new() else { return };
+    let (mut verity, mut stacking) = (with_verity(Measured::Right), without_stacking());
+    let mut samples = 0;
+    let run = helper.run(",tryverity", &mut |call| {
+        if call.number == libc::SYS_openat && call.text(1).as_deref() == Some("./data/4096") {
+            samples += 1;
+        }
+        match stacking(call) {
+            Action::Proceed => verity(call),
+            action => action,
+        }
+    });
+    assert!(run.1.contains("EROFS source by loop device: used\n"), "{}", run.1);
+    assert_eq!(samples, 1);
+    helper.assert_mounted(run, "objects are not verified: this kernel's overlayfs");
+}
+
 #[test]
 fn unstackable_mount_uses_loop_device() {
     let Some(helper) = Helper::new() else { return };

@@ -5,6 +5,7 @@
 //! The files are found on the EROFS mount, where a walk needs no object directory. They are read through the
 //! overlay.
 
+use std::cell::OnceCell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -54,11 +55,26 @@ impl SampledFile {
     }
 }
 
+/// The sampled files of an image. The walk that finds the files runs at most once.
+#[derive(Debug, Default)]
+pub(crate) struct Samples(OnceCell<Vec<SampledFile>>);
+
+impl Samples {
+    /// Returns the sampled files. `image` must be a mount of the same image in each call.
+    pub fn of(&self, image: impl AsFd) -> Result<&[SampledFile], KernelError> {
+        if let Some(files) = self.0.get() {
+            return Ok(files);
+        }
+        let files = sample_files(image)?;
+        Ok(self.0.get_or_init(|| files))
+    }
+}
+
 /// Returns up to four files of an image whose contents are objects, from a bounded walk of the EROFS mount.
 ///
 /// A directory or file that the process may not read is left out: a mount needs no permission to read files
 /// of the image.
-pub(crate) fn sample_files(image: impl AsFd) -> Result<Vec<SampledFile>, KernelError> {
+fn sample_files(image: impl AsFd) -> Result<Vec<SampledFile>, KernelError> {
     let mut files = Vec::new();
     let mut directories = vec![PathBuf::from(".")];
     let (mut candidates, mut entries, mut visited) = (0, 0, 0);
@@ -243,14 +259,14 @@ fn reject_unreadable(problem: ObjectProblem, path: &Path) -> Result<(), KernelEr
 }
 
 /// Returns the files whose object is in no object directory.
-pub(crate) fn without_object(
-    files: Vec<SampledFile>,
+pub(crate) fn without_object<'a>(
+    files: &'a [SampledFile],
     layers: &Layers,
-) -> Result<Vec<SampledFile>, KernelError> {
+) -> Result<Vec<&'a SampledFile>, KernelError> {
     let store = layers.store()?;
     let mut missing = Vec::new();
     for file in files {
-        if find_object(&store, &file, layers)?.is_none() {
+        if find_object(&store, file, layers)?.is_none() {
             missing.push(file);
         }
     }

@@ -31,7 +31,8 @@ use crate::source::Source;
 
 use attached::AttachedLayers;
 pub use error::OverlayError;
-use first_read::{SampledFile, read_files, sample_files, without_object};
+pub(crate) use first_read::Samples;
+use first_read::{SampledFile, read_files, without_object};
 use layers::{Layer, Layers, Upper};
 pub use method::LayerMethod;
 use objects::{check_samples, check_support};
@@ -282,6 +283,7 @@ impl Overlay {
         &self,
         image: ImageLayer,
         check: Option<CheckReport>,
+        samples: &Samples,
         unsupported: &mut Vec<Unsupported<LayerMethod>>,
     ) -> Result<(Mount, OverlayReport), OverlayError> {
         let verity = self.verity_of(image.get());
@@ -292,10 +294,10 @@ impl Overlay {
         };
         let verity = if matches!(objects, Some(Err(_))) { Verity::Off } else { verity };
         let files = match verity {
-            Verity::Off => Vec::new(),
-            _ if self.options.effective_check() == ObjectCheck::Off => Vec::new(),
-            Verity::Try => sample_files(image.get()).unwrap_or_default(),
-            Verity::Require => sample_files(image.get())?,
+            Verity::Off => &[],
+            _ if self.options.effective_check() == ObjectCheck::Off => &[],
+            Verity::Try => samples.of(image.get()).unwrap_or_default(),
+            Verity::Require => samples.of(image.get())?,
         };
         let mounting = Mounting {
             layers: &self.layers,
@@ -319,13 +321,15 @@ impl Overlay {
 
     /// Returns sampled files of the image whose object is in no object directory. If the image cannot be
     /// read, or with [`ObjectCheck::Off`], returns no files.
-    pub(crate) fn files_without_object(&self, image: &ErofsMount) -> Vec<SampledFile> {
+    pub(crate) fn files_without_object<'a>(
+        &self,
+        image: &ErofsMount,
+        samples: &'a Samples,
+    ) -> Vec<&'a SampledFile> {
         if self.options.effective_check() == ObjectCheck::Off {
             return Vec::new();
         }
-        sample_files(image)
-            .and_then(|files| without_object(files, &self.layers))
-            .unwrap_or_default()
+        samples.of(image).and_then(|files| without_object(files, &self.layers)).unwrap_or_default()
     }
 
     /// Names an object directory on an overlayfs in an error without a reason of the kernel. overlayfs writes
@@ -372,7 +376,7 @@ struct Mounting<'a> {
     path: std::path::PathBuf,
     verity: Verity,
     /// The files to read before the mount is handed over.
-    files: Vec<SampledFile>,
+    files: &'a [SampledFile],
     /// Whether sealmount tries another overlay on the mount.
     is_to_stack: bool,
 }
@@ -486,7 +490,7 @@ impl Mounting<'_> {
     ///
     /// With [`Verity::Try`], an error has an effect only if objects or kernel do not support verity.
     fn read_files(&self, mount: &OwnedFd) -> Result<ObjectVerity, OverlayError> {
-        let error = match read_files(mount, &self.files, self.layers) {
+        let error = match read_files(mount, self.files, self.layers) {
             Ok(()) => return Ok(ObjectVerity::Enforced),
             Err(error) if self.verity == Verity::Require => return Err(error),
             Err(error) => error,
