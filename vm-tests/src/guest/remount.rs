@@ -147,11 +147,8 @@ fn changes_flags_alone(guest: &mut Guest) -> Result<(), Error> {
 
 /// The kernel shows verity, and a record holds digest and copy. A record needs the unique IDs of Linux 6.8.
 fn compares_hidden_options(guest: &mut Guest) -> Result<(), Error> {
-    rustix::mount::mount("run", "/run", "tmpfs", rustix::mount::MountFlags::empty(), None)
-        .or_else(|_| {
-            fs::create_dir("/run").ok();
-            rustix::mount::mount("run", "/run", "tmpfs", rustix::mount::MountFlags::empty(), None)
-        })?;
+    fs::create_dir_all("/run")?;
+    rustix::mount::mount("run", "/run", "tmpfs", rustix::mount::MountFlags::empty(), None)?;
     let disk = fixtures::mount_objects(guest, "ext4-verity")?;
     let verified = disk.join("verified");
     fs::create_dir(&verified)?;
