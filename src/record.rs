@@ -119,13 +119,15 @@ pub(crate) fn find(mount: impl AsFd) -> Result<Option<MountOptions>, RecordError
     let file = openat(&directory, &file_name, flags, Mode::empty()).map_err(failed)?;
     let stat = fstat(&file).map_err(failed)?;
     if !FileType::from_raw_mode(stat.st_mode).is_file() || !is_of_root_alone(&stat) {
-        return Err(RecordError::new(path, RecordProblem::Untrusted));
+        return Err(RecordError::new(Operation::ReadRecord, path, RecordProblem::Untrusted));
     }
     let mut text = vec![0; usize::try_from(stat.st_size).unwrap_or(TOO_LARGE).min(TOO_LARGE)];
     let length = read_at(&file, &mut text, 0).map_err(failed)?;
     text.truncate(length);
     let options = MountOptions::parse(OsString::from_vec(text));
-    options.map(Some).map_err(|_| RecordError::new(path, RecordProblem::Damaged))
+    options
+        .map(Some)
+        .map_err(|_| RecordError::new(Operation::ReadRecord, path, RecordProblem::Damaged))
 }
 
 /// The name of a record.
@@ -164,7 +166,7 @@ fn unique_id(
         .map_err(|errno| failed(operation, Path::new(DIRECTORY), errno))?;
     match statx.stx_mask & MNT_ID_UNIQUE {
         // Linux < 6.8
-        0 => Err(RecordError::new(DIRECTORY, RecordProblem::NoUniqueId)),
+        0 => Err(RecordError::new(operation, DIRECTORY, RecordProblem::NoUniqueId)),
         _ => Ok(statx.stx_mnt_id),
     }
 }
@@ -183,7 +185,7 @@ const NEW: &str = ".new";
 
 fn failed(operation: Operation, path: &Path, errno: Errno) -> RecordError {
     let problem = KernelError::new(operation, errno).on(path);
-    RecordError::new(path, RecordProblem::Kernel(Box::new(problem)))
+    RecordError::new(operation, path, RecordProblem::Kernel(Box::new(problem)))
 }
 
 fn is_of_root_alone(stat: &Stat) -> bool {
@@ -201,7 +203,7 @@ fn open_directory(operation: Operation) -> Result<Option<OwnedFd>, RecordError> 
     };
     match is_of_root_alone(&fstat(&directory).map_err(failed)?) {
         true => Ok(Some(directory)),
-        false => Err(RecordError::new(path, RecordProblem::Untrusted)),
+        false => Err(RecordError::new(operation, path, RecordProblem::Untrusted)),
     }
 }
 
@@ -265,6 +267,7 @@ fn write(directory: &OwnedFd, name: &RecordName, text: &[u8]) -> Result<(), Errn
 /// The reason why the options of a mount are not recorded, or not read.
 #[derive(Debug)]
 pub struct RecordError {
+    operation: Operation,
     path: PathBuf,
     problem: RecordProblem,
 }
@@ -284,8 +287,8 @@ pub enum RecordProblem {
 }
 
 impl RecordError {
-    fn new(path: impl Into<PathBuf>, problem: RecordProblem) -> RecordError {
-        RecordError { path: path.into(), problem }
+    fn new(operation: Operation, path: impl Into<PathBuf>, problem: RecordProblem) -> RecordError {
+        RecordError { operation, path: path.into(), problem }
     }
 
     /// Returns the record, or the directory of the records.
@@ -334,7 +337,8 @@ impl std::fmt::Display for RecordError {
         let path = shown(&self.path);
         match &self.problem {
             RecordProblem::NoUniqueId => {
-                write!(f, "{path}: cannot record options: unique IDs of mounts need Linux 6.8")
+                let operation = self.operation;
+                write!(f, "{path}: cannot {operation}: unique IDs of mounts need Linux 6.8")
             }
             RecordProblem::Untrusted => {
                 write!(f, "{path}: cannot use the record: users other than root can change it")

@@ -166,7 +166,9 @@ fn compares_hidden_options(guest: &mut Guest) -> Result<(), Error> {
     let other = if has_verity { "noverity" } else { "verity" };
     remount(1, other, &format!("value of the option {other}"))?;
     if !has_records {
-        return remount(1, &options, "unique IDs of mounts need Linux 6.8");
+        let text =
+            "cannot read the recorded options of the mount: unique IDs of mounts need Linux 6.8";
+        return remount(1, &options, text);
     }
     remount(0, &options, "remounted")?;
     remount(1, &format!("{verity},digest={}", "0".repeat(64)), "value of the option digest")?;
