@@ -2,6 +2,8 @@
 
 use std::ffi::OsString;
 
+use rustix::mount::MountAttrFlags;
+
 use crate::kernel::SELINUX_CONTEXTS;
 use crate::location::Location;
 use crate::objects::ObjectCheck;
@@ -166,4 +168,28 @@ pub struct SuperblockFlags {
     pub lazytime: bool,
     /// `mand`: mandatory locks, which Linux 5.15 and later do not have.
     pub mand: bool,
+}
+
+/// Returns the attributes of a mount, for fsmount(2) and mount_setattr(2).
+pub(crate) fn mount_attributes(
+    read_only: bool,
+    attributes: MountAttributes,
+    atime: Atime,
+) -> MountAttrFlags {
+    let MountAttributes { nosuid, nodev, noexec, nosymfollow, nodiratime } = attributes;
+    let atime = match atime {
+        Atime::Relatime => MountAttrFlags::MOUNT_ATTR_RELATIME,
+        Atime::Noatime => MountAttrFlags::MOUNT_ATTR_NOATIME,
+        Atime::Strictatime => MountAttrFlags::MOUNT_ATTR_STRICTATIME,
+    };
+    [
+        (nosuid, MountAttrFlags::MOUNT_ATTR_NOSUID),
+        (nodev, MountAttrFlags::MOUNT_ATTR_NODEV),
+        (noexec, MountAttrFlags::MOUNT_ATTR_NOEXEC),
+        (nosymfollow, MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW),
+        (nodiratime, MountAttrFlags::MOUNT_ATTR_NODIRATIME),
+        (read_only, MountAttrFlags::MOUNT_ATTR_RDONLY),
+    ]
+    .into_iter()
+    .fold(atime, |flags, (is_set, flag)| if is_set { flags | flag } else { flags })
 }
