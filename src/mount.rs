@@ -82,7 +82,7 @@ impl MountOptions {
         let mut unsupported = Vec::new();
         let result = source.mount_noting(&mut unsupported);
         events.send_unsupported(unsupported, Method::Source)?;
-        let erofs = idmapped(result?, user_namespace.as_ref())?;
+        let erofs = result?;
         let samples = Samples::default();
         let missing = match events.are_wanted && self.effective_verity() != Verity::Require {
             true => overlay.files_without_object(&erofs, &samples),
@@ -94,6 +94,8 @@ impl MountOptions {
         if let Some(report) = &check {
             events.send(Event::ObjectsChecked(report.clone()))?;
         }
+        // After the check: a process without a mapping in the namespace may not read every directory.
+        let erofs = idmapped(erofs, user_namespace.as_ref())?;
         let mut attempt = Attempt::new(&overlay, erofs, check.clone(), &samples);
         if let Some(error) = attempt.stacking_error()
             && let Ok(erofs) = source.mount_by_loop_device(attempt.unsupported_sources(error))

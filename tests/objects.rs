@@ -8,13 +8,16 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, FileType, Mode, lgetxattr, mknodat};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use sealmount::{
     Algorithm, CheckReport, Digest, ErofsMount, Error, ErrorKind, Event, Image, ImageObject,
     MountOptions, ObjectCheck, ObjectProblem, ObjectProblemKind, ObjectsError, OverlayError,
     OverlayOptions, Verity,
 };
 use test_support::erofs::SYMLINK;
-use test_support::{ErofsImage, Fixture, Sandbox, V1, V2, mount_and_events, run, sandbox};
+use test_support::{
+    ErofsImage, Fixture, Sandbox, V1, V2, mount_and_events, run, sandbox, user_namespace,
+};
 
 const CHECKS: [ObjectCheck; 2] = [ObjectCheck::All, ObjectCheck::Content];
 
@@ -317,6 +320,47 @@ fn object_of_any_size_keeps_its_digest() {
             problem => panic!("{size}: {problem:?}"),
         }
     }
+}
+
+/// Without the capability, the kernel hides the xattrs of overlayfs.
+#[test]
+fn check_without_capability_is_rejected() {
+    let Some(sandbox) = sandbox!() else { return };
+    let (image, objects) = (bare(&V1.image()), sandbox.directory("objects"));
+    let rejected = std::thread::scope(|scope| {
+        let check = || {
+            let mut sets = capabilities(None).unwrap();
+            sets.effective.remove(CapabilitySet::SYS_ADMIN);
+            set_capabilities(None, sets).unwrap();
+            let listed = image.objects().next().unwrap().unwrap_err();
+            (check(&image, &[&objects], ObjectCheck::All).unwrap_err(), listed)
+        };
+        scope.spawn(check).join().unwrap()
+    });
+    assert_eq!(rejected.0.kind(), ErrorKind::PermissionDenied, "{}", rejected.0);
+    assert_eq!(rejected.1.kind(), ErrorKind::PermissionDenied, "{}", rejected.1);
+}
+
+/// A user namespace without the owner of a directory may not read the directory.
+#[test]
+fn check_of_idmapped_mount_reads_all_directories() {
+    let Some(sandbox) = sandbox!() else { return };
+    let mut image = ErofsImage::new();
+    let directory = image.private_directory(70_000);
+    image.link(0, "directory", directory);
+    let file = image.file(100, Some(b""), Some(b"/ab/cd"));
+    image.link(directory, "file", file);
+    let image = sandbox.file("image.cfs", &image.finish());
+    let objects = sandbox.directory("objects");
+    fs::create_dir(objects.join("ab")).unwrap();
+    fs::write(objects.join("ab/cd"), [0; 100]).unwrap();
+    let (mut process, namespace) = user_namespace();
+    let mut options = options(&objects, Some(ObjectCheck::All));
+    options.idmap = Some(PathBuf::from(namespace).into());
+    let mounted = options.mount(image);
+    process.kill().unwrap();
+    process.wait().unwrap();
+    mounted.unwrap();
 }
 
 #[test]

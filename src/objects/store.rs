@@ -114,7 +114,13 @@ impl Found<'_> {
     /// Opens the object for reading.
     pub fn open(&self) -> Result<OwnedFd, ObjectProblem> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        let file = open_beneath(self.directory, self.object, flags).map_err(unreadable)?;
+        let open = |flags| open_beneath(self.directory, self.object, flags);
+        let file = match open(flags | OFlags::NOATIME) {
+            // Only the owner, or a process with CAP_FOWNER, may leave the access time unchanged.
+            Err(Errno::PERM) => open(flags),
+            file => file,
+        };
+        let file = file.map_err(unreadable)?;
         // Another file may have taken the place of the object meanwhile.
         match regular_size(&file)? == self.size {
             true => Ok(file),

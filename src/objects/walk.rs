@@ -13,17 +13,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, fgetxattr, lgetxattr, openat, openat2,
-    statat,
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, fgetxattr, fstat, lgetxattr, openat,
+    openat2, statat,
 };
 use rustix::io::Errno;
 use rustix::process::fchdir;
 use sealmount_sys::unshare_working_directory;
 
-use crate::erofs::ErofsMount;
+use crate::erofs::{ErofsMount, check_permission};
 use crate::kernel::{KernelError, Operation};
 use crate::objects::error::ObjectsError;
 use crate::objects::reference::{ImageObject, Reference};
+use crate::source::Source;
 
 /// The size of an entry of a directory in an EROFS, without its name, in bytes.
 const ENTRY_SIZE: u64 = 12;
@@ -84,20 +85,30 @@ impl Access {
     }
 }
 
+/// Returns the highest number of directory entries that an image can hold.
+///
+/// A sparse image may be much larger than its data. Compressed data has at least a twelfth of its size, and a
+/// file system may keep the data of a small file elsewhere.
+fn entries_max(source: &Source) -> u64 {
+    let allocated = fstat(source).map_or(u64::MAX, |stat| stat.st_blocks as u64 * 512);
+    (source.report().size / ENTRY_SIZE).min(allocated.saturating_add(1 << 20))
+}
+
 impl<'a> Tree<'a> {
     pub fn new(image: &'a ErofsMount) -> Tree<'a> {
-        let limit = image.source().report().size / ENTRY_SIZE;
         Tree {
             image,
-            limit,
+            limit: entries_max(image.source()),
             entries: AtomicU64::new(0),
             names: AtomicU64::new(0),
             visited: Mutex::default(),
         }
     }
 
-    /// Returns the root directory.
+    /// Returns the root directory. Without `CAP_SYS_ADMIN`, the kernel hides the xattrs of overlayfs, and an
+    /// image would seem to have no objects.
     pub fn root(&self) -> Result<Pending, ObjectsError> {
+        check_permission()?;
         let stat = statat(self.image, "", AtFlags::EMPTY_PATH)
             .map_err(|errno| self.failed(&[b"/"], errno))?;
         Ok(Pending { parent: Arc::default(), name: Box::default(), inode: stat.st_ino })

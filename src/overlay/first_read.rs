@@ -73,7 +73,7 @@ impl Samples {
 /// Returns up to four files of an image whose contents are objects, from a bounded walk of the EROFS mount.
 ///
 /// A directory or file that the process may not read is left out: a mount needs no permission to read files
-/// of the image.
+/// of the image. A path that is too long is left out too.
 fn sample_files(image: impl AsFd) -> Result<Vec<SampledFile>, KernelError> {
     let mut files = Vec::new();
     let mut directories = vec![PathBuf::from(".")];
@@ -83,7 +83,7 @@ fn sample_files(image: impl AsFd) -> Result<Vec<SampledFile>, KernelError> {
         let failed = |errno| KernelError::new(Operation::SampleFiles, errno).on(shown_path(&path));
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let directory = match openat(&image, &path, flags, Mode::empty()) {
-            Err(errno) if is_denied(errno) => continue,
+            Err(errno) if is_denied(errno) || errno == Errno::NAMETOOLONG => continue,
             directory => directory.map_err(failed)?,
         };
         let mut below = Vec::new();
@@ -122,9 +122,14 @@ fn shown_path(path: &Path) -> PathBuf {
 
 /// Returns a file of the image, or `None` if the image holds its content, or the process may not read it.
 fn file_with_object(image: impl AsFd, path: &Path) -> Result<Option<SampledFile>, Errno> {
-    let stat = statat(&image, path, AtFlags::SYMLINK_NOFOLLOW)?;
+    let stat = match statat(&image, path, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NAMETOOLONG) => return Ok(None),
+        stat => stat?,
+    };
     let size = stat.st_size as u64;
-    if size <= INLINE_MAX {
+    // The inode decides on the type. A crafted image may show a device as a file in the directory.
+    let is_regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    if !is_regular || size <= INLINE_MAX {
         return Ok(None);
     }
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -271,4 +276,34 @@ pub(crate) fn without_object<'a>(
         }
     }
     Ok(missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use test_support::ErofsImage;
+    use test_support::erofs::REGULAR;
+
+    use super::*;
+    use crate::image::Image;
+
+    /// Opening a device can have an effect.
+    #[test]
+    fn device_with_entry_of_a_file_is_not_opened() {
+        if !crate::may_mount() {
+            return;
+        }
+        let mut image = ErofsImage::new();
+        let device = image.device(100);
+        image.link_as(0, "device", device, REGULAR);
+        let file = image.file(100, Some(b""), Some(b"/ab/cd"));
+        image.link(0, "file", file);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image.cfs");
+        std::fs::write(&path, image.finish()).unwrap();
+        let erofs = Image::open(path).unwrap().trust().unwrap().mount().unwrap();
+
+        let sampled = sample_files(&erofs).unwrap();
+        let objects: Vec<_> = sampled.iter().map(SampledFile::object).collect();
+        assert_eq!(objects, [Path::new("ab/cd")]);
+    }
 }

@@ -26,7 +26,8 @@ unsafe impl Send for SealedMapping {}
 unsafe impl Sync for SealedMapping {}
 
 impl SealedMapping {
-    /// Maps all bytes of a memfd with the seals `F_SEAL_WRITE` and `F_SEAL_SHRINK`.
+    /// Maps all bytes of a memfd with the seals `F_SEAL_WRITE` and `F_SEAL_SHRINK`. Meanwhile the position of
+    /// the descriptor moves. If a swap device fails to return a page, a read of the bytes raises SIGBUS.
     ///
     /// # Errors
     ///
@@ -41,7 +42,8 @@ impl SealedMapping {
         if !is_sealed || fstatfs(&memfd)?.f_type != TMPFS_MAGIC || first_hole(&memfd)? != size {
             return Err(Errno::INVAL);
         }
-        let length = usize::try_from(size).map_err(|_| Errno::NOMEM)?;
+        // No slice is longer than isize::MAX.
+        let length = isize::try_from(size).map_err(|_| Errno::NOMEM)? as usize;
         // SAFETY: the kernel chooses the place, so the mapping overlaps no other one.
         let start =
             unsafe { mmap(null_mut(), length, ProtFlags::READ, MapFlags::PRIVATE, memfd, 0)? };

@@ -15,6 +15,8 @@ pub const SYMLINK: u8 = 7;
 /// An inode.
 struct Node {
     mode: u16,
+    /// The user and the group.
+    owner: u32,
     size: u64,
     /// The names without `trusted.`, and the values.
     xattrs: Vec<(&'static str, Vec<u8>)>,
@@ -48,6 +50,13 @@ impl ErofsImage {
         self.add(0o40755, 0, Vec::new(), Entries::List(Vec::new()))
     }
 
+    /// Adds a directory without a name that only its owner may read. Returns its index.
+    pub fn private_directory(&mut self, owner: u32) -> usize {
+        let index = self.add(0o40700, 0, Vec::new(), Entries::List(Vec::new()));
+        self.nodes[index].owner = owner;
+        index
+    }
+
     /// Adds a directory without a name that has the entries of another one. Returns its index.
     pub fn directory_sharing(&mut self, other: usize) -> usize {
         self.add(0o40755, 0, Vec::new(), Entries::SharedWith(other))
@@ -60,6 +69,11 @@ impl ErofsImage {
         self.add(0o100644, size, xattrs.collect(), Entries::None)
     }
 
+    /// Adds a character device without a name, whose driver does not exist. Returns its index.
+    pub fn device(&mut self, size: u64) -> usize {
+        self.add(0o20644, size, Vec::new(), Entries::None)
+    }
+
     fn add(
         &mut self,
         mode: u16,
@@ -67,7 +81,7 @@ impl ErofsImage {
         xattrs: Vec<(&'static str, Vec<u8>)>,
         entries: Entries,
     ) -> usize {
-        self.nodes.push(Node { mode, size, xattrs, entries });
+        self.nodes.push(Node { mode, owner: 0, size, xattrs, entries });
         self.nodes.len() - 1
     }
 
@@ -147,6 +161,8 @@ fn inode(node: &Node, (block, data): (usize, usize)) -> Vec<u8> {
     put(4, &node.mode.to_le_bytes());
     put(8, &size.to_le_bytes());
     put(16, &(block as u32).to_le_bytes());
+    put(24, &node.owner.to_le_bytes());
+    put(28, &node.owner.to_le_bytes());
     put(44, &2u32.to_le_bytes());
     inode.extend(xattrs);
     inode
