@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, FileType, Mode, lgetxattr, mknodat};
-use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+use rustix::thread::{
+    CapabilitySet, CpuSet, capabilities, sched_getcpu, sched_setaffinity, set_capabilities,
+};
 use sealmount::{
     Algorithm, CheckReport, Digest, ErofsMount, Error, ErrorKind, Event, Image, ImageObject,
     MountOptions, ObjectCheck, ObjectProblem, ObjectProblemKind, ObjectsError, OverlayError,
@@ -370,19 +372,30 @@ fn cancelled_check_ends_soon() {
     // Hashing the object would take an hour.
     let (image, objects) = with_zeros(&sandbox, 1 << 40, digest);
     let options = options(&objects, Some(ObjectCheck::Content));
-    let started = Instant::now();
-    let mut calls = 0;
-    let result = options.mount_with_events(&image, &mut |event| match event {
-        Event::Checking(_) => {
-            calls += 1;
-            if calls == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        }
-        _ => ControlFlow::Continue(()),
-    });
-    let error = result.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
-    assert_eq!(calls, 3);
-    assert!(started.elapsed() < Duration::from_secs(60));
+    let check = || {
+        let started = Instant::now();
+        let mut calls = 0;
+        let result = options.mount_with_events(&image, &mut |event| match event {
+            Event::Checking(_) => {
+                calls += 1;
+                if calls == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            }
+            _ => ControlFlow::Continue(()),
+        });
+        let error = result.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+        assert_eq!(calls, 3);
+        assert!(started.elapsed() < Duration::from_secs(60));
+    };
+    check();
+    // The calls come from the thread that mounts, also if there is a CPU for one thread only.
+    let on_one_cpu = || {
+        let mut cpu = CpuSet::new();
+        cpu.set(sched_getcpu());
+        sched_setaffinity(None, &cpu).unwrap();
+        check();
+    };
+    std::thread::scope(|scope| scope.spawn(on_one_cpu).join().unwrap());
 }
 
 /// Returns the error of a check of all objects of an image, with empty object directories.

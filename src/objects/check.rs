@@ -27,7 +27,7 @@ use crate::objects::reference::{ImageObject, ObjectKey, Reference};
 use crate::objects::report::{
     CheckProgress, CheckReport, ObjectCheck, ObjectFailure, ObjectProblem,
 };
-use crate::objects::store::{Store, unreadable};
+use crate::objects::store::{Found, Store, unreadable};
 use crate::objects::walk::{Access, Entry, Pending, References, Tree};
 use crate::util::io::read_at;
 use crate::util::memory::threads_that_fit;
@@ -204,13 +204,16 @@ impl<'a> Shared<'a> {
             let running = running.clone();
             move || {
                 let result = worker.run_with_own_directory();
+                let queue = lock(&self.queue);
                 drop(running);
+                drop(queue);
+                self.finished.notify_all();
                 result
             }
         });
         run_parallel(helpers, || {
             let guard = self.stop.unless_finished();
-            while Arc::strong_count(&running) > 1 && !self.is_finished() {
+            while self.waits_for_threads(&running) {
                 tick(self)?;
             }
             if !self.is_finished() {
@@ -223,15 +226,19 @@ impl<'a> Shared<'a> {
         if self.stop.is_set() { Err(self.cancelled()) } else { Ok(()) }
     }
 
-    /// Returns whether the work is finished, or the threads must stop. Waits for this for at most a tick.
-    fn is_finished(&self) -> bool {
+    /// Returns whether a thread holds `running`. Waits for the end of the last thread for at most a tick.
+    fn waits_for_threads(&self, running: &Arc<()>) -> bool {
         let queue = lock(&self.queue);
-        if queue.is_finished() || self.stop.is_set() {
-            return true;
+        let is_running = Arc::strong_count(running) > 1;
+        if is_running {
+            drop(self.finished.wait_timeout(queue, TICK));
         }
-        let (queue, _) =
-            self.finished.wait_timeout(queue, TICK).unwrap_or_else(PoisonError::into_inner);
-        queue.is_finished() || self.stop.is_set()
+        is_running
+    }
+
+    /// Returns whether the work is finished, or the threads must stop.
+    fn is_finished(&self) -> bool {
+        lock(&self.queue).is_finished() || self.stop.is_set()
     }
 
     /// Returns the next work, or `None` if the work is finished.
@@ -248,7 +255,6 @@ impl<'a> Shared<'a> {
         if queue.reading == 0 {
             drop(queue);
             self.available.notify_all();
-            self.finished.notify_all();
             return None;
         }
         // The wait has a limit, because no notification comes if the threads must stop.
@@ -332,7 +338,11 @@ impl<'a> Shared<'a> {
             return Ok(Ok(None));
         };
         let found = self.check.store.find(object).map_err(ObjectProblem::from);
-        let file = match found.and_then(|found| found.open()) {
+        let open = |found: Found| match found.size == *size {
+            true => found.open(),
+            false => Err(ObjectProblem::Changed),
+        };
+        let file = match found.and_then(open) {
             Ok(file) => file,
             Err(problem) => return Ok(Err(problem)),
         };
@@ -577,7 +587,7 @@ impl<'a> Worker<'a> {
             return Ok(());
         };
         let algorithm = expected.algorithm();
-        if size > LARGE && self.shared.threads > 1 {
+        if size > LARGE {
             self.shared.large_left.fetch_add(1, Ordering::Relaxed);
             lock(&self.shared.large).push(job);
             return Ok(());
