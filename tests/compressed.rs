@@ -382,6 +382,9 @@ fn decompression_bomb_is_rejected_early() {
         };
         assert_eq!(*size, 0x4000_0000);
         assert_eq!(error.kind(), ErrorKind::LimitExceeded);
+        // The compressed image itself cannot be mounted without a copy.
+        let hint = error.hint().unwrap().for_options();
+        assert!(hint.contains("the uncompressed image without copy"), "{hint}");
     }
 }
 

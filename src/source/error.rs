@@ -228,15 +228,16 @@ impl SourceError {
                 "get the image again, or check the digest: the image is damaged, replaced, or another one",
             ),
             SourceError::LimitExceeded { .. } => Hint::of_types_or_options(
-                "raise CopyOptions::size (default: 50 % of the memory), or mount without a copy",
-                "raise size= (default: 50% of the memory), or mount without copy",
+                "raise CopyOptions::size (default: 50 % of the memory), or mount the uncompressed image without \
+                 a copy",
+                "raise size= (default: 50% of the memory), or mount the uncompressed image without copy",
             ),
-            SourceError::NotEnoughMemory { .. } => {
-                Hint::new("free some memory and try again, or mount without a copy")
-            }
+            SourceError::NotEnoughMemory { .. } => Hint::new(
+                "free some memory and try again, or mount the uncompressed image without a copy",
+            ),
             SourceError::CgroupLimitExceeded { .. } => Hint::new(
                 "raise the limit of the cgroup (of a systemd unit: MemoryMax=), or mount outside of the \
-                 cgroup, or mount without a copy",
+                 cgroup, or mount the uncompressed image without a copy",
             ),
             SourceError::Kernel(error) => return error.hint(),
             _ => return None,
