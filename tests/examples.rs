@@ -76,7 +76,7 @@ fn updater_sorts_errors_by_reaction() {
         "-- The bundled image",
         "  composefs V1, 24576 bytes, blocks of 4096 bytes",
         "  24576 of 24576 bytes",
-        "objects: check=content: 18 of 18 objects passed, ",
+        "objects: check=content: 18 of 18 objects passed (",
         "verified, computed by sealmount: 24576 bytes",
         "-- Another digest",
         "Broken: ",

@@ -188,7 +188,10 @@ fn verity_try_with_digest_mounts_without_fs_verity() {
     let (image, mnt_text) = (image.to_str().unwrap(), mnt.to_str().unwrap());
     let options = format!("{},copy,digest={},verity=try", basedir(), V1.digest);
     let message = stderr(&succeeds(&["-v", image, mnt_text, "-o", &options]));
-    assert!(message.contains("objects are not verified: in an object directory, "), "{message}");
+    assert!(
+        message.contains("objects are not verified when they are read: in an object directory, "),
+        "{message}"
+    );
     assert!(message.contains(V1.digest), "{message}");
     assert_is_manifest(&mnt);
     umount(&mnt);
@@ -323,11 +326,12 @@ fn failed_check_reports_objects_and_status_32() {
             assert_eq!(lines[0], "cannot use the objects: 18 of 18 objects failed the check");
             assert!(lines[1].starts_with("  /data/4096 needs "), "{message}");
             assert!(lines[10].ends_with(": missing"), "{message}");
-            assert_eq!(lines[11], "  and 8 more objects");
+            assert_eq!(lines[11], "  … and 8 more objects: the list is not complete");
             assert_eq!(lines[12], "  failed: 18 missing");
-            let totals = "0 of 18 objects passed, 91658 bytes, needed by 19 files";
+            let totals = "0 of 18 objects passed (all objects: 91658 bytes, for 19 files)";
             assert_eq!(lines[13], format!("  check={check}: {totals}"));
-            assert!(lines[14].starts_with("  hint: "), "{message}");
+            let hint = "  hint: all objects are missing: check the object directories (basedir=)";
+            assert_eq!(lines[14], hint);
         }
     }
     assert!(mount_at(Path::new(mnt)).is_none());

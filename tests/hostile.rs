@@ -617,7 +617,7 @@ fn image_with_many_names_is_rejected() {
     let expected =
         "cannot use the objects: 1 of 1 objects failed the check\n  /d0/0 needs ab/cd: missing\n";
     assert!(message.starts_with(expected), "{message}");
-    assert!(message.contains("needed by 300000 files"), "{message}");
+    assert!(message.contains("for 300000 files"), "{message}");
 }
 
 /// Returns whether the environment selects the whole corpus.

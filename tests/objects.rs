@@ -133,7 +133,8 @@ fn check_of_intact_objects_reports_totals() {
         // Two files share an object.
         assert_eq!((report.files, report.objects, report.bytes), (19, 18, 91658));
         assert_eq!((report.failed, report.without_digest, report.failures.len()), (0, 0, 0));
-        let text = format!("{kind}: 18 of 18 objects passed, 91658 bytes, needed by 19 files");
+        let text =
+            format!("{kind}: 18 of 18 objects passed (all objects: 91658 bytes, for 19 files)");
         assert_eq!(report.to_string(), text);
     }
 }

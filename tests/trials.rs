@@ -169,7 +169,10 @@ fn broken_overlayfs_mounts_with_tryverity() {
             .replace("UPPER", &in_sandbox(&helper.sandbox, "upper"))
             .replace("WORK", &in_sandbox(&helper.sandbox, "work"));
         let run = helper.run(&format!(",tryverity{layers}"), &mut with_verity(Measured::Right));
-        helper.assert_mounted(run, "objects are not verified: this kernel's overlayfs");
+        helper.assert_mounted(
+            run,
+            "objects are not verified when they are read: this kernel's overlayfs",
+        );
     }
 }
 
@@ -183,8 +186,10 @@ fn sampled_object_without_verity_is_rejected() {
     let run = helper.run(",verity", &mut with_verity(Measured::NotEnabled));
     helper.assert_rejected(run, &message, "hint: enable fs-verity on every object");
     let run = helper.run(",tryverity", &mut with_verity(Measured::NotEnabled));
-    helper
-        .assert_mounted(run, "objects are not verified: in an object directory, fs-verity is not");
+    helper.assert_mounted(
+        run,
+        "objects are not verified when they are read: in an object directory, fs-verity is not",
+    );
 }
 
 #[test]
@@ -361,7 +366,10 @@ fn files_of_image_are_sampled_once() {
     });
     assert!(run.1.contains("EROFS source by loop device: used\n"), "{}", run.1);
     assert_eq!(samples, 1);
-    helper.assert_mounted(run, "objects are not verified: this kernel's overlayfs");
+    helper.assert_mounted(
+        run,
+        "objects are not verified when they are read: this kernel's overlayfs",
+    );
 }
 
 #[test]

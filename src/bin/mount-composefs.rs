@@ -133,7 +133,7 @@ fn failed_objects(report: &CheckReport) -> Vec<String> {
     let mut lines: Vec<String> = report.failures.iter().map(ToString::to_string).collect();
     let more = report.failed - report.failures.len() as u64;
     if more > 0 {
-        lines.push(format!("and {more} more objects"));
+        lines.push(format!("… and {more} more objects: the list is not complete"));
     }
     let by_kind = report.failed_by_kind.iter().map(|(kind, count)| format!("{count} {kind}"));
     lines.push(format!("failed: {}", by_kind.collect::<Vec<_>>().join(", ")));

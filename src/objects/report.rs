@@ -249,7 +249,7 @@ impl fmt::Display for CheckReport {
         let passed = objects - failed;
         write!(
             f,
-            "{check}: {passed} of {objects} objects passed, {bytes} bytes, needed by {files} files"
+            "{check}: {passed} of {objects} objects passed (all objects: {bytes} bytes, for {files} files)"
         )?;
         match (self.check, self.without_digest) {
             (_, 0) => Ok(()),

@@ -6,7 +6,7 @@ use crate::digest::{Digest, VerityUnavailable};
 use crate::erofs::ErofsError;
 use crate::kernel::{ErrorKind, Hint, KernelError, errno_text};
 use crate::location::{DirectoryError, DirectoryRole};
-use crate::objects::{CheckReport, ObjectsError};
+use crate::objects::{CheckReport, ObjectProblemKind, ObjectsError};
 use crate::util::text::shown;
 
 /// The reason why an overlay cannot be mounted.
@@ -218,38 +218,40 @@ impl OverlayError {
                 reason: VerityUnavailable::NotEnabled,
                 ..
             } => Hint::of_types_or_options(
-                "enable fs-verity on every object with `fsverity enable`, or set Verity::Off to mount \
-                 without checks of the objects",
-                "enable fs-verity on every object with `fsverity enable`, or add noverity to mount without \
-                 checks of the objects",
+                "enable fs-verity on every object with `fsverity enable`, or set Verity::Off: objects are \
+                 then not verified when they are read",
+                "enable fs-verity on every object with `fsverity enable`, or add noverity: objects are \
+                 then not verified when they are read",
             ),
             OverlayError::ObjectsVerityUnavailable {
                 reason: VerityUnavailable::NoDigest, ..
             } => Hint::of_types_or_options(
-                "make the image again with the digests of its objects, or set Verity::Off to mount without \
-                 checks of the objects",
-                "make the image again with the digests of its objects, or add noverity to mount without \
-                 checks of the objects",
+                "make the image again with the digests of its objects, or set Verity::Off: objects are \
+                 then not verified when they are read",
+                "make the image again with the digests of its objects, or add noverity: objects are then \
+                 not verified when they are read",
             ),
             OverlayError::ObjectsVerityUnavailable { .. } => Hint::of_types_or_options(
-                "use ext4 (made or tuned with -O verity) or btrfs, without an overlayfs on top, and a kernel \
-                 with CONFIG_FS_VERITY, or set Verity::Off to mount without checks of the objects",
-                "use ext4 (made or tuned with -O verity) or btrfs, without an overlayfs on top, and a kernel \
-                 with CONFIG_FS_VERITY, or add noverity to mount without checks of the objects",
+                "use ext4 (made or tuned with -O verity) or btrfs, without an overlayfs on top, and a \
+                 kernel with CONFIG_FS_VERITY, or set Verity::Off: objects are then not verified when they \
+                 are read",
+                "use ext4 (made or tuned with -O verity) or btrfs, without an overlayfs on top, and a \
+                 kernel with CONFIG_FS_VERITY, or add noverity: objects are then not verified when they \
+                 are read",
             ),
             OverlayError::ObjectsOnOverlay { .. } => Hint::new(
                 "give an object directory that is not on an overlayfs, or look into dmesg: the kernel \
                  stacks an overlay on one overlayfs, and not on two",
             ),
             OverlayError::VerityUnsupported => Hint::of_types_or_options(
-                "set Verity::Try or Verity::Off to mount without checks of the objects",
-                "add verity=try or noverity to mount without checks of the objects",
+                "set Verity::Try or Verity::Off: objects are then not verified when they are read",
+                "add verity=try or noverity: objects are then not verified when they are read",
             ),
             OverlayError::VerityBroken { .. } => Hint::of_types_or_options(
-                "use another kernel (Linux 7.0 has this fault), or set Verity::Off to mount without checks \
-                 of the objects",
-                "use another kernel (Linux 7.0 has this fault), or add noverity to mount without checks of \
-                 the objects",
+                "use another kernel (Linux 7.0 has this fault), or set Verity::Off: objects are then not \
+                 verified when they are read",
+                "use another kernel (Linux 7.0 has this fault), or add noverity: objects are then not \
+                 verified when they are read",
             ),
             OverlayError::ObjectMissing { .. } => Hint::of_types_or_options(
                 "copy the object into an object directory, or add its directory to OverlayOptions::objects",
@@ -258,15 +260,33 @@ impl OverlayError {
             OverlayError::ObjectMismatch { .. } => {
                 Hint::new("restore the object: the object is damaged, or was replaced")
             }
-            OverlayError::ObjectsDamaged { .. } => Hint::of_types_or_options(
-                "get the named objects again, or set ObjectCheck::Off to mount without the check",
-                "get the named objects again, or add check=none to mount without the check",
-            ),
+            OverlayError::ObjectsDamaged { report, .. } => damaged_hint(report),
             OverlayError::Objects(error) => return error.hint(),
             OverlayError::Erofs(error) => return error.hint(),
             OverlayError::Kernel(error) => return error.hint(),
             _ => return None,
         })
+    }
+}
+
+fn damaged_hint(report: &CheckReport) -> Hint {
+    match report.failed_by_kind[..] {
+        [(ObjectProblemKind::Missing, missing)] if missing == report.objects => {
+            Hint::of_types_or_options(
+                "all objects are missing: check OverlayOptions::objects",
+                "all objects are missing: check the object directories (basedir=)",
+            )
+        }
+        [(ObjectProblemKind::VerityUnavailable, _)] => Hint::of_types_or_options(
+            "enable fs-verity on every object with `fsverity enable`, or set Verity::Off: objects are then \
+             not verified when they are read",
+            "enable fs-verity on every object with `fsverity enable`, or add noverity: objects are then \
+             not verified when they are read",
+        ),
+        _ if report.failed > report.failures.len() as u64 => {
+            Hint::new("get the named objects again, then repeat the check: more objects failed")
+        }
+        _ => Hint::new("get the named objects again"),
     }
 }
 

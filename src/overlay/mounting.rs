@@ -41,18 +41,21 @@ pub enum ObjectVerity {
 
 impl fmt::Display for ObjectVerity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let ObjectVerity::Enforced = self {
+            return f.write_str("objects are verified when they are read (verity=require)");
+        }
+        f.write_str("objects are not verified when they are read: ")?;
         match self {
-            ObjectVerity::Enforced => f.write_str("objects are verified (verity=require)"),
-            ObjectVerity::NotRequested => f.write_str("objects are not verified: not requested"),
-            ObjectVerity::Disabled => f.write_str("objects are not verified: disabled"),
-            ObjectVerity::UnsupportedByOverlay => f.write_str(
-                "objects are not verified: this kernel's overlayfs does not support verity=require",
-            ),
+            ObjectVerity::Enforced | ObjectVerity::NotRequested => f.write_str("not requested"),
+            ObjectVerity::Disabled => f.write_str("disabled"),
+            ObjectVerity::UnsupportedByOverlay => {
+                f.write_str("this kernel's overlayfs does not support verity=require")
+            }
             ObjectVerity::UnsupportedByObjects(reason @ VerityUnavailable::NoDigest) => {
-                write!(f, "objects are not verified: {reason}")
+                reason.fmt(f)
             }
             ObjectVerity::UnsupportedByObjects(reason) => {
-                write!(f, "objects are not verified: in an object directory, {reason}")
+                write!(f, "in an object directory, {reason}")
             }
         }
     }

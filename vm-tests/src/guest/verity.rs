@@ -458,7 +458,7 @@ fn verity_result_is_reported_by_helper(guest: &mut Guest) -> Result<(), Error> {
     for options in ["verity", &digest, &format!("copy,{digest}")] {
         let (status, text) = run(options)?;
         let (expected, words) = match can_enforce {
-            true => (0, "objects are verified (verity=require)"),
+            true => (0, "objects are verified when they are read (verity=require)"),
             false => (32, "cannot enforce verity: verity=require needs Linux 6.6\n  hint: "),
         };
         assert_eq!(status, Some(expected), "{text}");
@@ -466,9 +466,9 @@ fn verity_result_is_reported_by_helper(guest: &mut Guest) -> Result<(), Error> {
     }
     let (status, text) = run("tryverity")?;
     let words = match can_enforce {
-        true => "objects are verified (verity=require)",
+        true => "objects are verified when they are read (verity=require)",
         false => {
-            "objects are not verified: this kernel's overlayfs does not support verity=require"
+            "objects are not verified when they are read: this kernel's overlayfs does not support verity=require"
         }
     };
     assert_eq!(status, Some(0), "{text}");
