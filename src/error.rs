@@ -5,7 +5,7 @@ use crate::erofs::ErofsError;
 use crate::image::ImageError;
 use crate::kernel::{ErrorKind, Hint, KernelError};
 use crate::location::DirectoryError;
-use crate::objects::CheckReport;
+use crate::objects::{CheckReport, ObjectsError};
 use crate::options::OptionsError;
 use crate::overlay::OverlayError;
 use crate::record::RecordError;
@@ -151,6 +151,12 @@ impl From<KernelError> for Error {
     }
 }
 
+impl From<ObjectsError> for Error {
+    fn from(error: ObjectsError) -> Error {
+        Error::Overlay(error.into())
+    }
+}
+
 impl From<DirectoryError> for Error {
     fn from(error: DirectoryError) -> Error {
         Error::Attach(error.into())
@@ -203,6 +209,7 @@ into_io_error!(
     SourceError,
     ErofsError,
     OverlayError,
+    ObjectsError,
     AttachError,
     RemountError,
     RecordError,
@@ -220,13 +227,14 @@ mod tests {
     #[test]
     fn nested_kernel_error_keeps_its_errno() {
         let kernel = || KernelError::new(Operation::ReadImage, Errno::IO);
-        let errors: [Error; 7] = [
+        let errors: [Error; 8] = [
             kernel().into(),
             ImageError::from(kernel()).into(),
             SourceError::from(ImageError::from(kernel())).into(),
             ErofsError::from(LoopDeviceError::from(kernel())).into(),
             OverlayError::from(kernel()).into(),
             OverlayError::from(ErofsError::from(LoopDeviceError::from(kernel()))).into(),
+            ObjectsError::from(kernel()).into(),
             AttachProblem::from(kernel()).into(),
         ];
         for error in errors {

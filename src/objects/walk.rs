@@ -288,7 +288,7 @@ impl ErofsMount {
     ///     let object = object?;
     ///     println!("{}: {} bytes", object.object.display(), object.size);
     /// }
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// # Ok::<(), sealmount::Error>(())
     /// ```
     ///
     /// # Errors
