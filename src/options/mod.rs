@@ -179,6 +179,10 @@ impl OptionsError {
             OptionsError::UpperdirWithoutWorkdir => {
                 Hint::new("add workdir=, an empty directory on the same file system")
             }
+            OptionsError::TwoDigests => Hint::of_types_or_options(
+                "leave out one of the digests",
+                "leave out one of the digests: mount(8) joins the options of fstab and of the command line",
+            ),
             OptionsError::SizeWithoutCopy => Hint::of_types_or_options(
                 "set MountOptions::copy too",
                 "add the option copy, or leave out size=",
