@@ -18,6 +18,7 @@ use crate::location::{DirectoryError, DirectoryRole, Location, is_same_file};
 use crate::options::{MountFlags, MountOptions, OptionsError, RemountOptions};
 use crate::overlay::{Atime, MountAttributes, Verity, mount_attributes};
 use crate::record::{self, RecordError};
+use crate::source::{MemoryKind, SizeLimit};
 use crate::util::text::shown;
 
 /// A composefs mount that is attached to a directory, by this process or another one.
@@ -122,7 +123,7 @@ impl AttachedMount {
             match (named.clone().count(), named.clone().any(|(_, shown)| shown == given)) {
                 (0, _) => unknown.push(name.clone()),
                 (_, true) => {}
-                (_, false) => return Err(self.change(name)),
+                (_, false) => return Err(self.other_value(name, given.as_deref())),
             }
         }
         self.compare_record(&options.expected)?;
@@ -130,7 +131,7 @@ impl AttachedMount {
         self.compare_verity(&options.expected)?;
         for (name, context) in options.expected.overlay.selinux_contexts.iter() {
             if value(&self.line.superblock, name) != Some(context) {
-                return Err(self.change(name));
+                return Err(self.other_value(name, Some(context)));
             }
         }
         self.new_flags(options).map(|flags| (flags, unknown))
@@ -139,13 +140,17 @@ impl AttachedMount {
     fn compare_layers(&self, options: &RemountOptions) -> Result<(), RemountError> {
         let objects = &options.expected.overlay.objects;
         if !objects.is_empty() && !self.has_objects(objects) {
-            return Err(self.change("basedir"));
+            let paths = |paths: &[&OsStr]| Some(paths.join(OsStr::new(":")));
+            let given: Vec<_> = objects.iter().map(Location::display_path).collect();
+            let given: Vec<_> = given.iter().map(|path| path.as_os_str()).collect();
+            let shown = data_layers(&self.line.superblock);
+            return Err(self.change("basedir", paths(&shown), paths(&given)));
         }
         for (name, given) in [("upperdir", &options.upperdir), ("workdir", &options.workdir)] {
             let Some(given) = given else { continue };
             match value(&self.line.superblock, name) {
                 Some(shown) if is_same_directory(given, shown.as_ref()) => {}
-                _ => return Err(self.change(name)),
+                _ => return Err(self.other_value(name, Some(given.as_os_str()))),
             }
         }
         Ok(())
@@ -171,40 +176,31 @@ impl AttachedMount {
         match (expected.overlay.verity, expected.effective_verity(), is_required) {
             (None, Verity::Off, _) | (_, Verity::Try, _) => Ok(()),
             (_, Verity::Require, true) | (_, Verity::Off, false) => Ok(()),
-            (_, Verity::Require, false) => Err(self.change("verity")),
-            (_, Verity::Off, true) => Err(self.change("noverity")),
+            (_, Verity::Require, false) => Err(self.lacks("verity")),
+            (_, Verity::Off, true) => Err(self.has_instead("verity", "noverity")),
         }
     }
 
     /// Compares the options that the kernel does not show.
     fn compare_record(&self, expected: &MountOptions) -> Result<(), RemountError> {
-        let named = [
-            ("digest", expected.digest.is_some()),
-            ("copy", expected.copy.is_some()),
-            ("size", expected.size.is_some()),
-            ("idmap", expected.idmap.is_some()),
-        ];
-        let Some((option, _)) = named.iter().find(|(_, is_named)| *is_named) else {
-            return Ok(());
-        };
+        let named = hidden_options(expected).into_iter().filter(|(_, given)| given.is_some());
+        let named: Vec<_> = named.collect();
+        let Some((option, _)) = named.first() else { return Ok(()) };
         let not_recorded =
             |problem| RemountError::NotRecorded { path: self.path.clone(), option, problem };
         let recorded = match record::find(&self.fd) {
-            Ok(Some(recorded)) => recorded,
+            Ok(Some(recorded)) => hidden_options(&recorded),
             Ok(None) => return Err(not_recorded(None)),
             Err(error) => return Err(not_recorded(Some(Box::new(error)))),
         };
-        let idmap = |options: &MountOptions| options.idmap.as_ref()?.absolute_path();
-        let is_same = [
-            expected.digest == recorded.digest,
-            expected.copy == recorded.copy,
-            expected.size == recorded.size,
-            idmap(expected) == idmap(&recorded),
-        ];
-        match named.iter().zip(is_same).find(|((_, is_named), is_same)| *is_named && !is_same) {
-            Some(((option, _), _)) => Err(self.change(option)),
-            None => Ok(()),
+        for (option, given) in named {
+            let found = recorded.iter().find(|(name, _)| *name == option);
+            let found = found.and_then(|(_, value)| value.clone());
+            if found != given {
+                return Err(self.change(option, found, given));
+            }
         }
+        Ok(())
     }
 
     fn new_flags(&self, options: &RemountOptions) -> Result<MountFlags, RemountError> {
@@ -223,14 +219,45 @@ impl AttachedMount {
     /// mount(2) ignores the flag.
     fn check_dirsync(&self, flags: &MountFlags) -> Result<(), RemountError> {
         match (self.flags().superblock_flags.dirsync, flags.superblock_flags.dirsync) {
-            (true, false) => Err(self.change("nodirsync")),
-            (false, true) => Err(self.change("dirsync")),
+            (true, false) => Err(self.has_instead("dirsync", "nodirsync")),
+            (false, true) => Err(self.lacks("dirsync")),
             _ => Ok(()),
         }
     }
 
-    fn change(&self, option: impl AsRef<OsStr>) -> RemountError {
-        RemountError::Change { path: self.path.clone(), option: option.as_ref().to_owned() }
+    /// Rejects an option with this value. The mount has the option with another value or not at all.
+    fn change(
+        &self,
+        option: impl AsRef<OsStr>,
+        found: Option<OsString>,
+        given: Option<OsString>,
+    ) -> RemountError {
+        let option = option.as_ref();
+        let found = found.map(|value| option_text(option, Some(&value)));
+        let given = option_text(option, given.as_deref());
+        RemountError::Change { path: self.path.clone(), option: option.to_owned(), found, given }
+    }
+
+    /// Rejects an option that the kernel shows with another value or not at all.
+    fn other_value(&self, option: impl AsRef<OsStr>, given: Option<&OsStr>) -> RemountError {
+        let shown = self.line.superblock.iter().find(|(name, _)| name == option.as_ref());
+        let found = shown.map(|(name, value)| option_text(name, value.as_deref()));
+        let option = option.as_ref().to_owned();
+        let given = option_text(&option, given);
+        RemountError::Change { path: self.path.clone(), option, found, given }
+    }
+
+    fn has_instead(&self, found: &str, given: &str) -> RemountError {
+        RemountError::Change {
+            path: self.path.clone(),
+            option: given.into(),
+            found: Some(found.into()),
+            given: given.into(),
+        }
+    }
+
+    fn lacks(&self, option: &str) -> RemountError {
+        self.change(option, None, None)
     }
 
     /// Changes the flags of the mount and its superblock. A flag that is not set is cleared.
@@ -339,6 +366,44 @@ fn is_same_directory(given: &Path, shown: &Path) -> bool {
     given == shown || open(given).zip(open(shown)).is_some_and(is_same)
 }
 
+/// Returns the text of an option, with its value if it has one.
+fn option_text(option: &OsStr, value: Option<&OsStr>) -> OsString {
+    let mut text = option.to_owned();
+    if let Some(value) = value {
+        text.push("=");
+        text.push(value);
+    }
+    text
+}
+
+fn difference(option: &OsStr, found: Option<&OsStr>, given: &OsStr) -> String {
+    match found {
+        Some(found) => format!("the mount has {}, not {}", shown(found), shown(given)),
+        None => format!("the mount has no {}", shown(option)),
+    }
+}
+
+/// Returns the options that the kernel does not show, with their values.
+fn hidden_options(options: &MountOptions) -> [(&'static str, Option<OsString>); 4] {
+    let copy = |memory| match memory {
+        MemoryKind::Memfd => OsString::from("memfd"),
+        MemoryKind::Ramfs => OsString::from("ramfs"),
+    };
+    let size = |limit| match limit {
+        SizeLimit::Bytes(bytes) => OsString::from(bytes.to_string()),
+        SizeLimit::Percent(percent) => OsString::from(format!("{percent}%")),
+    };
+    let path = |location: &Location| {
+        location.absolute_path().unwrap_or_else(|| location.display_path()).into_os_string()
+    };
+    [
+        ("digest", options.digest.map(|digest| digest.to_string().into())),
+        ("copy", options.copy.map(copy)),
+        ("size", options.size.map(size)),
+        ("idmap", options.idmap.as_ref().map(path)),
+    ]
+}
+
 /// The reason why a mount is not remounted. The flags of the mount are the same as before, except with
 /// [`RemountError::NotUndone`].
 #[derive(Debug, thiserror::Error)]
@@ -394,17 +459,17 @@ pub enum RemountError {
     },
 
     /// A remount cannot change the option, and the mount has another value or does not have the option.
-    #[error(
-        "{}: cannot remount: the mount has another value of the option {}",
-        shown(path),
-        shown(option)
-    )]
+    #[error("{}: cannot remount: {}", shown(path), difference(option, found.as_deref(), given))]
     #[non_exhaustive]
     Change {
         /// The path of the directory.
         path: PathBuf,
         /// The name of the option.
         option: OsString,
+        /// The option of the mount with its value, or `None` if the mount does not have the option.
+        found: Option<OsString>,
+        /// The given option with its value.
+        given: OsString,
     },
 
     /// The option cannot be compared with the mount, because the kernel does not show the option and there is
@@ -412,7 +477,7 @@ pub enum RemountError {
     #[error(
         "{}: cannot compare the option {option} with the mount: {}",
         shown(path),
-        problem.as_ref().map_or("its options are not recorded".into(), ToString::to_string)
+        problem.as_ref().map_or("the mount has no record".into(), ToString::to_string)
     )]
     #[non_exhaustive]
     NotRecorded {
@@ -488,6 +553,9 @@ impl RemountError {
     pub fn hint(&self) -> Option<Hint> {
         Some(match self {
             RemountError::Options(error) => return error.hint(),
+            RemountError::Directory(error) if error.kind() == ErrorKind::NotFound => {
+                Hint::new("give the directory of a mount")
+            }
             RemountError::Directory(error) => return error.hint(),
             RemountError::Kernel(error) => return error.hint(),
             RemountError::Change { option, .. } if option == "dirsync" || option == "nodirsync" => {
@@ -496,12 +564,15 @@ impl RemountError {
                 )
             }
             RemountError::Change { option, .. } if option == "verity" => Hint::new(
-                "unmount and mount again to verify the objects, or add noverity to a digest without \
-                 verity",
+                "leave out verity (with a digest, add noverity), or unmount and mount again with verity",
             ),
             RemountError::Change { .. } => {
                 Hint::new("unmount and mount again, or leave out the option")
             }
+            RemountError::NotRecorded { problem: None, .. } => Hint::new(
+                "leave out the option, or unmount and mount again: the mount was made without digest, \
+                 copy, size and idmap, with -n, by another program or in another mount namespace",
+            ),
             RemountError::NotRecorded { .. } => {
                 Hint::new("leave out digest, copy, size and idmap, or unmount and mount again")
             }

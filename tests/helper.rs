@@ -44,7 +44,9 @@ fn incorrect_call_fails_with_status_1() {
     let (image, mnt) = (image.to_str().unwrap(), mnt.to_str().unwrap());
     let basedir = &basedir();
     fails(&[], 1, &["expected an image and a directory, got 0 operands", "--help"]);
-    fails(&[image], 1, &["got 1 operands"]);
+    fails(&[image], 1, &["got 1 operand\n"]);
+    fails(&["-o", "remount"], 1, &["cannot remount: mount(8) passed no directory"]);
+    fails(&[mnt, "-o", "remount"], 1, &["got 1 operand: give any word as the image"]);
     fails(&[image, mnt, mnt, "-o", basedir], 1, &["got 3 operands"]);
     fails(&[image, mnt], 1, &["no object directory given", "hint: add basedir="]);
     fails(&[image, mnt, "-o"], 1, &["-o"]);

@@ -154,8 +154,8 @@ fn options_of_mount_table_are_accepted() {
     run("mount", ["-T", fstab, "-o", "remount,rw", mnt]);
     assert_eq!(mounted.flags(), "rw,nosuid,noexec,relatime,rw");
     mounted.remounts("metacopy=on,redirect_dir=on");
-    mounted.rejects("metacopy=off", "another value of the option metacopy");
-    mounted.rejects("upperdir=/tmp", "another value of the option upperdir");
+    mounted.rejects("metacopy=off", "the mount has metacopy=on, not metacopy=off");
+    mounted.rejects("upperdir=/tmp", "/upper, not upperdir=/tmp");
     mounted.rejects("index=on", "cannot use the option index: unknown");
     mounted.rejects("bind", "cannot use the option bind: unknown");
     let output = mounted.helper(&["-s", "-v"], "remount,index=on");
@@ -187,10 +187,12 @@ fn other_object_directories_are_rejected() {
         format!("{}:{}", objects.display(), V2.objects().display()),
         "/missing".into(),
     ] {
-        let message = "another value of the option basedir";
-        mounted.rejects(&format!("basedir={basedir}"), message);
+        let message = format!("has basedir={}, not basedir={basedir}\n", objects.display());
+        mounted.rejects(&format!("basedir={basedir}"), &message);
     }
-    for (option, text) in [("verity", "option verity"), ("upperdir=/u", "option upperdir")] {
+    for (option, text) in
+        [("verity", "mount has no verity\n"), ("upperdir=/u", "mount has no upperdir\n")]
+    {
         mounted.rejects(option, text);
     }
     for option in ["noverity", "tryverity", "verity=try"] {
@@ -204,15 +206,16 @@ fn hidden_options_are_compared_with_record() {
     let Some(mounted) = Mounted::new(&format!("copy,noverity,size=50%,{digest}")) else { return };
     mounted.remounts(&format!("copy,noverity,{digest},size=50%"));
     mounted.remounts(&format!("noverity,digest=sha256:{}", V1.digest));
-    for (options, option) in [
-        (format!("noverity,digest={}", "0".repeat(64)), "digest"),
-        ("copy=ramfs".into(), "copy"),
-        ("size=51%".into(), "size"),
-        ("idmap=/proc/1/ns/user".into(), "idmap"),
+    let zeros = format!("digest={}", "0".repeat(64));
+    for (options, text) in [
+        (format!("noverity,{zeros}"), format!("has digest={}, not {zeros}", V1.digest)),
+        ("copy=ramfs".into(), "has copy=memfd, not copy=ramfs".into()),
+        ("size=51%".into(), "has size=50%, not size=51%".into()),
+        ("idmap=/proc/1/ns/user".into(), "has no idmap".into()),
         // The digest implies verity, which the mount does not have.
-        (digest, "verity"),
+        (digest, "has no verity".into()),
     ] {
-        mounted.rejects(&options, &format!("another value of the option {option}\n"));
+        mounted.rejects(&options, &format!("the mount {text}\n"));
     }
 }
 
@@ -243,7 +246,7 @@ fn digest_without_record_is_rejected() {
     std::os::unix::fs::symlink(copy, record).unwrap();
     mounted.rejects_with_status(1, &options, "cannot read the recorded options");
     fs::remove_file(record).unwrap();
-    reject("option digest with the mount: its options are not recorded");
+    reject("option digest with the mount: the mount has no record");
     mounted.remounts("noverity");
 }
 
@@ -256,7 +259,7 @@ fn record_does_not_describe_later_mount() {
     assert_eq!(stale.len(), 1);
     // The new mount may have the ID and the device of the old mount.
     mounted.mount("noverity");
-    mounted.rejects(&options, "not recorded");
+    mounted.rejects(&options, "has no record");
     umount(&mounted.mnt);
     // A new record removes the stale record.
     mounted.mount("copy");
@@ -266,7 +269,7 @@ fn record_does_not_describe_later_mount() {
     let output = mounted.helper(&["-n"], &format!("{},copy", basedir()));
     assert!(output.status.success());
     assert_eq!(records(), new);
-    mounted.rejects("copy", "not recorded");
+    mounted.rejects("copy", "has no record");
 }
 
 #[test]
@@ -291,6 +294,19 @@ fn fake_remount_leaves_flags() {
     assert_eq!(mounted.flags(), "rw,relatime,rw");
     let output = mounted.helper(&["-f"], "remount,copy");
     assert_eq!(output.status.code(), Some(1));
+}
+
+#[test]
+fn fake_remount_reports_flags_without_upper_layer() {
+    let Some(mounted) = Mounted::new("") else { return };
+    let output = mounted.helper(&["-f", "-v"], "remount,nosuid,check=all");
+    let message = stderr(&output);
+    for text in [
+        "check=all: not done, because a remount does not check objects",
+        "not remounted with ro,nosuid,relatime, read-only: there is no upperdir: -f",
+    ] {
+        assert!(message.contains(text), "{text}: {message}");
+    }
 }
 
 #[test]
@@ -319,10 +335,10 @@ fn dirsync_is_rejected_by_name() {
     mounted.remounts("nosuid,sync,lazytime");
     assert_eq!(mounted.flags(), "rw,nosuid,relatime,rw,sync,dirsync,lazytime");
     mounted.remounts("dirsync");
-    mounted.rejects("nodirsync", "another value of the option nodirsync");
+    mounted.rejects("nodirsync", "the mount has dirsync, not nodirsync");
     umount(&mounted.mnt);
     mounted.mount("UPPER");
-    mounted.rejects("dirsync", "another value of the option dirsync");
+    mounted.rejects("dirsync", "the mount has no dirsync");
     mounted.remounts("nodirsync");
 }
 
@@ -343,6 +359,7 @@ fn remount_of_other_mount_is_rejected() {
     umount(&mounted.mnt);
     let output = mount_composefs!(["image", "/missing", "-o", "remount,ro"]);
     assert_eq!(output.status.code(), Some(32), "{}", stderr(&output));
+    assert!(stderr(&output).contains("hint: give the directory of a mount"), "{}", stderr(&output));
 }
 
 #[test]

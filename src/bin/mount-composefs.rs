@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use lexopt::{Arg, Parser};
 use rustix::process::{getegid, geteuid, getgid, getuid};
 use sealmount::{
-    AttachedMount, CheckReport, Error, ErrorKind, Event, MountOptions, RemountOptions,
+    AttachedMount, CheckReport, Error, ErrorKind, Event, MountOptions, ObjectCheck, RemountOptions,
     enter_mount_namespace, open_mount_point,
 };
 
@@ -265,15 +265,20 @@ fn remount(arguments: &Arguments) -> Result<(), Failure> {
     };
     let directory = arguments.mount_point.display();
     arguments.say(&format_args!("{directory}: the mount has all options that cannot change"));
-    if arguments.fake {
-        arguments.say(&format_args!("{directory}: not remounted with {flags}: -f"));
-        return Ok(());
+    if let Some(check) = options.check().filter(|check| *check != ObjectCheck::Off) {
+        arguments.say(&format_args!("{check}: not done, because a remount does not check objects"));
     }
-    let report = mount.remount(&flags)?;
-    let read_only = match report.after.read_only == flags.read_only {
+    let read_only = match flags.read_only || mount.has_upper_layer() {
         true => "",
         false => ", read-only: there is no upperdir",
     };
+    if arguments.fake {
+        let mut after = flags;
+        after.read_only |= !mount.has_upper_layer();
+        arguments.say(&format_args!("{directory}: not remounted with {after}{read_only}: -f"));
+        return Ok(());
+    }
+    let report = mount.remount(&flags)?;
     let (before, after) = (report.before, report.after);
     arguments.say(&format_args!("{directory}: remounted from {before} to {after}{read_only}"));
     Ok(())
@@ -382,10 +387,10 @@ impl Command {
                 _ => return Err(argument.unexpected()),
             }
         }
-        let [image, mount_point] = <[OsString; 2]>::try_from(operands).map_err(|operands| {
-            format!("arguments: expected an image and a directory, got {} operands", operands.len())
-        })?;
         let options = options.join(OsStr::new(","));
+        let is_remount = RemountOptions::is_requested(&options) == Ok(true);
+        let [image, mount_point] = <[OsString; 2]>::try_from(operands)
+            .map_err(|operands| wrong_operands(operands.len(), is_remount))?;
         Ok(Command::Mount(Arguments {
             image,
             mount_point,
@@ -396,6 +401,20 @@ impl Command {
             no_record,
             namespace,
         }))
+    }
+}
+
+fn wrong_operands(count: usize, is_remount: bool) -> String {
+    let expected = "arguments: expected an image and a directory, got";
+    match (count, is_remount) {
+        (0, true) => {
+            "arguments: cannot remount: mount(8) passed no directory, because the directory is \
+                      not a mount point and has no line in fstab"
+                .into()
+        }
+        (1, true) => format!("{expected} 1 operand: give any word as the image, such as none"),
+        (1, false) => format!("{expected} 1 operand"),
+        _ => format!("{expected} {count} operands"),
     }
 }
 

@@ -173,12 +173,16 @@ impl MountOptions {
 ///
 /// A remount replaces the flags, as
 /// [mount(2)](https://man7.org/linux/man-pages/man2/mount.2.html) does. A flag that the text does not name is
-/// cleared, because mount(8) passes the option `suid` by leaving out `nosuid`. There are two exceptions.
-/// Without an option for access times, these flags stay the same. `dirsync` stays the same too, because the
-/// kernel cannot change `dirsync`.
+/// cleared, because mount(8) passes the option `suid` by leaving out `nosuid`. There are three
+/// exceptions:
+///
+/// - Without an option for access times, these flags stay the same.
+/// - `dirsync` stays the same, because the kernel cannot change `dirsync`.
+/// - Without an upper layer, the mount stays read-only.
 ///
 /// All other options describe the mount. [`AttachedMount::compare`](crate::AttachedMount::compare) rejects
-/// an option that the mount does not have. `tryverity` and `check=` are accepted for each mount.
+/// an option that the mount does not have. `tryverity` and `check=` are accepted for each mount. A remount
+/// checks no objects.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RemountOptions {
     pub(crate) flags: MountFlags,
@@ -206,6 +210,11 @@ impl RemountOptions {
         let is_requested = remounts.peek().is_some();
         remounts.try_for_each(|token| token.flag(REMOUNT))?;
         Ok(is_requested)
+    }
+
+    /// Returns the check of `check=`, if the text names a check. A remount checks no objects.
+    pub fn check(&self) -> Option<ObjectCheck> {
+        self.expected.overlay.check
     }
 
     /// Parses the text of `-o`, in which `remount` may be left out.

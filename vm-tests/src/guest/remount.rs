@@ -121,10 +121,10 @@ fn changes_flags_alone(guest: &mut Guest) -> Result<(), Error> {
     expect_flags(TREE, "rw,nodev,noatime,rw,sync")?;
     remount(0, &format!("ro,nosymfollow,{layers},noverity"), "remounted")?;
     expect_flags(TREE, "ro,noatime,nosymfollow,ro")?;
-    remount(1, &format!("rw,basedir={objects}:{escaped}"), "value of the option basedir")?;
-    remount(1, &format!("rw,upperdir={work}"), "value of the option upperdir")?;
-    remount(1, "rw,verity", "value of the option verity")?;
-    remount(1, "rw,dirsync", "value of the option dirsync")?;
+    remount(1, &format!("rw,basedir={objects}:{escaped}"), "not basedir=")?;
+    remount(1, &format!("rw,upperdir={work}"), "not upperdir=")?;
+    remount(1, "rw,verity", "the mount has no verity")?;
+    remount(1, "rw,dirsync", "the mount has no dirsync")?;
     remount(1, "rw,index=bogus", "index")?;
     expect_flags(TREE, "ro,noatime,nosymfollow,ro")?;
     remount(0, "rw,relatime", "remounted")?;
@@ -163,18 +163,21 @@ fn compares_hidden_options(guest: &mut Guest) -> Result<(), Error> {
     let has_records = guest.kernel_at_least(6, 8)?;
     assert_eq!(message.contains("options recorded for a remount"), has_records);
     remount(0, &format!("{basedir},{verity}"), "remounted")?;
-    let other = if has_verity { "noverity" } else { "verity" };
-    remount(1, other, &format!("value of the option {other}"))?;
+    let (other, text) = match has_verity {
+        true => ("noverity", "the mount has verity, not noverity"),
+        false => ("verity", "the mount has no verity"),
+    };
+    remount(1, other, text)?;
     if !has_records {
         let text =
             "cannot read the recorded options of the mount: unique IDs of mounts need Linux 6.8";
         return remount(1, &options, text);
     }
     remount(0, &options, "remounted")?;
-    remount(1, &format!("{verity},digest={}", "0".repeat(64)), "value of the option digest")?;
-    remount(1, "copy=ramfs", "value of the option copy")?;
+    remount(1, &format!("{verity},digest={}", "0".repeat(64)), "not digest=")?;
+    remount(1, "copy=ramfs", "has copy=memfd, not copy=ramfs")?;
     fs::remove_dir_all("/run/sealmount")?;
-    remount(1, &options, "its options are not recorded")
+    remount(1, &options, "the mount has no record")
 }
 
 /// Enters the namespace of process 1. The mounts of another namespace are other mounts.

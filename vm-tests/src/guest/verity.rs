@@ -468,7 +468,8 @@ fn verity_result_is_reported_by_helper(guest: &mut Guest) -> Result<(), Error> {
     let words = match can_enforce {
         true => "objects are verified when they are read (verity=require)",
         false => {
-            "objects are not verified when they are read: this kernel's overlayfs does not support verity=require"
+            "objects are not verified when they are read: this kernel's overlayfs does not support \
+             verity=require"
         }
     };
     assert_eq!(status, Some(0), "{text}");
