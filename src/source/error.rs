@@ -228,9 +228,10 @@ impl SourceError {
                 "get the image again, or check the digest: the image is damaged, replaced, or another one",
             ),
             SourceError::LimitExceeded { .. } => Hint::of_types_or_options(
-                "raise CopyOptions::size (default: 50 % of the memory), or mount the uncompressed image without \
-                 a copy",
-                "raise size= (default: 50% of the memory), or mount the uncompressed image without copy",
+                "raise CopyOptions::size (default: 50 % of the memory), or mount the uncompressed image \
+                 without a copy",
+                "raise size= (default: 50% of the memory), or mount the uncompressed image without \
+                 copy",
             ),
             SourceError::NotEnoughMemory { .. } => Hint::new(
                 "free some memory and try again, or mount the uncompressed image without a copy",
