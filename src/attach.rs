@@ -96,6 +96,9 @@ impl DetachedMount {
     /// To find a missing directory before an image is copied, open the directory first with
     /// [`open_mount_point`].
     ///
+    /// The method writes no record of the options for a later remount. After the attachment, a program can
+    /// write a [`MountRecord`](crate::MountRecord).
+    ///
     /// ```no_run
     /// # fn f(mount: sealmount::DetachedMount) -> Result<(), sealmount::Error> {
     /// if let Err(error) = mount.attach("/sysroot/nwe") {

@@ -71,6 +71,8 @@
 //! - Cancel a mount, or show its progress: [`MountOptions::mount_with_events`], [`Image::copy_with_progress`].
 //! - Replace a mounted tree without a gap: [`DetachedMount::attach_beneath`].
 //! - Change the flags of a mount: [`AttachedMount::remount`].
+//! - Record the options that the kernel does not show, for a remount: [`MountRecord`]. A mount by the library
+//!   has no record until the program writes a record.
 //! - Hand a mount to another process: [`DetachedMount::into_fd`], and `DetachedMount::from` there.
 //! - Mount a sealed memfd in place: give its descriptor to [`Image::open`].
 //! - Mount a plain EROFS image: [`Image::open_erofs`], [`ErofsMount::into_detached`].

@@ -32,6 +32,9 @@ impl MountOptions {
     /// the image once more, through a loop device. If there is no loop device, the method returns the first
     /// mount.
     ///
+    /// The method writes no record of the options for a later remount. A program that needs a record makes
+    /// it with [`MountOptions::record`] ([`MountRecord`](crate::MountRecord)).
+    ///
     /// # Errors
     ///
     /// [`Error`]. No mount, device or file is left, also if the process is killed.
