@@ -1,7 +1,8 @@
 //! Records of the options that the kernel does not show: a file for each mount in /run/sealmount.
 //!
-//! The name of a file holds the unique ID of the mount (Linux 6.8), which the kernel never uses again. So a
-//! record cannot describe a later mount. docs/design.md has the alternatives.
+//! The name of a file holds the unique ID of the mount (Linux 6.8), which the kernel does not use again until
+//! the next boot. The file system of the directory is in memory and does not survive a boot. So a record
+//! cannot describe a later mount. docs/design.md has the alternatives.
 
 use std::ffi::{CStr, OsString};
 use std::mem::MaybeUninit;
@@ -10,11 +11,12 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, RawDir, Stat, StatxFlags, fstat, mkdirat, openat,
-    renameat, statx, unlinkat,
+    AtFlags, CWD, FileType, FsWord, Mode, OFlags, RawDir, Stat, StatFs, StatxFlags, fstat, fstatfs,
+    mkdirat, openat, renameat, statfs, statx, unlinkat,
 };
 use rustix::io::{Errno, retry_on_intr};
 
+use crate::image::TMPFS_MAGIC;
 use crate::kernel::{ErrorKind, Hint, KernelError, Operation};
 use crate::location::Location;
 use crate::options::MountOptions;
@@ -22,10 +24,14 @@ use crate::overlay::OverlayOptions;
 use crate::util::io::read_at;
 use crate::util::text::shown;
 
+const PARENT: &str = "/run";
 const DIRECTORY: &str = "/run/sealmount";
 
 /// The size of a file that is not a record. Object directories have paths of up to 4096 bytes.
 const TOO_LARGE: usize = 1024 * 1024;
+
+/// The magic number of ramfs, of statfs(2). Without tmpfs, the /run of an initramfs is on a ramfs.
+const RAMFS_MAGIC: FsWord = 0x8584_58f6;
 
 /// `STATX_MNT_ID_UNIQUE` (Linux 6.8), which rustix lacks.
 const MNT_ID_UNIQUE: u32 = 0x4000;
@@ -91,7 +97,8 @@ impl MountRecord {
     ///
     /// # Errors
     ///
-    /// [`RecordError`]: a system call failed, or another user can write to /run/sealmount.
+    /// [`RecordError`]: a system call failed, another user can write to /run/sealmount, or the directory is not
+    /// on a tmpfs or ramfs.
     pub fn write(&self) -> Result<(), RecordError> {
         let directory = make_directory()?;
         let failed = |errno| failed(Operation::WriteRecord, &self.name.path(), errno);
@@ -201,9 +208,22 @@ fn open_directory(operation: Operation) -> Result<Option<OwnedFd>, RecordError> 
         Err(Errno::NOENT) => return Ok(None),
         directory => directory.map_err(failed)?,
     };
-    match is_of_root_alone(&fstat(&directory).map_err(failed)?) {
-        true => Ok(Some(directory)),
-        false => Err(RecordError::new(operation, path, RecordProblem::Untrusted)),
+    if !is_of_root_alone(&fstat(&directory).map_err(failed)?) {
+        return Err(RecordError::new(operation, path, RecordProblem::Untrusted));
+    }
+    check_memory(operation, path, fstatfs(&directory))?;
+    Ok(Some(directory))
+}
+
+/// Checks that a directory does not survive a boot, after which the kernel uses the IDs of mounts again.
+fn check_memory(
+    operation: Operation,
+    path: &Path,
+    statfs: Result<StatFs, Errno>,
+) -> Result<(), RecordError> {
+    match statfs.map_err(|errno| failed(operation, path, errno))?.f_type {
+        TMPFS_MAGIC | RAMFS_MAGIC => Ok(()),
+        _ => Err(RecordError::new(operation, path, RecordProblem::NotInMemory)),
     }
 }
 
@@ -212,6 +232,7 @@ fn make_directory() -> Result<OwnedFd, RecordError> {
     if let Some(directory) = open_directory(Operation::WriteRecord)? {
         return Ok(directory);
     }
+    check_memory(Operation::WriteRecord, Path::new(PARENT), statfs(PARENT))?;
     match mkdirat(CWD, DIRECTORY, Mode::RWXU) {
         // Another mount made the directory.
         Ok(()) | Err(Errno::EXIST) => {}
@@ -280,6 +301,8 @@ pub enum RecordProblem {
     NoUniqueId,
     /// The record or its directory does not belong to root, or other users can write to it.
     Untrusted,
+    /// The directory is not on a tmpfs or ramfs. After a boot, a record could describe another mount.
+    NotInMemory,
     /// The record is not the text of options.
     Damaged,
     /// A system call failed.
@@ -312,7 +335,7 @@ impl RecordError {
     /// Returns the category of the error, for the decision of a program.
     pub fn kind(&self) -> ErrorKind {
         match &self.problem {
-            RecordProblem::NoUniqueId => ErrorKind::Unsupported,
+            RecordProblem::NoUniqueId | RecordProblem::NotInMemory => ErrorKind::Unsupported,
             RecordProblem::Untrusted => ErrorKind::PermissionDenied,
             RecordProblem::Damaged => ErrorKind::Io,
             RecordProblem::Kernel(error) => error.kind(),
@@ -326,6 +349,7 @@ impl RecordError {
             RecordProblem::Untrusted => Some(Hint::new(
                 "remove /run/sealmount, and find the program that changed the directory",
             )),
+            RecordProblem::NotInMemory => Some(Hint::new("mount a tmpfs on /run")),
             RecordProblem::Damaged => None,
             RecordProblem::Kernel(error) => error.hint(),
         }
@@ -342,6 +366,10 @@ impl std::fmt::Display for RecordError {
             }
             RecordProblem::Untrusted => {
                 write!(f, "{path}: cannot use the record: users other than root can change it")
+            }
+            RecordProblem::NotInMemory => {
+                let operation = self.operation;
+                write!(f, "{path}: cannot {operation}: the file system is not a tmpfs or ramfs")
             }
             RecordProblem::Damaged => {
                 write!(f, "{path}: cannot use the record: the content is damaged")

@@ -273,6 +273,29 @@ fn record_does_not_describe_later_mount() {
 }
 
 #[test]
+fn record_on_a_disk_is_neither_written_nor_read() {
+    let options = format!("copy,noverity,digest={}", V1.digest);
+    let Some(mounted) = Mounted::new(&options) else { return };
+    let [record] = &records()[..] else { panic!("{:?}", records()) };
+    // As after a reboot with /run on a disk: the mount has the ID of an earlier mount.
+    let disk = mounted.sandbox.directory("disk");
+    let copy = disk.join(record.file_name().unwrap());
+    fs::copy(record, copy).unwrap();
+    mount_bind(&disk, "/run/sealmount").unwrap();
+    mounted.rejects(&options, "the file system is not a tmpfs or ramfs");
+    umount("/run/sealmount".as_ref());
+    mounted.remounts(&options);
+
+    umount(&mounted.mnt);
+    mount_bind(&disk, "/run").unwrap();
+    let options = format!("{},{options}", basedir());
+    let message = stderr(&mounted.helper(&["-v"], &options));
+    umount("/run".as_ref());
+    assert!(message.contains("options not recorded: /run: cannot"), "{message}");
+    assert!(!disk.join("sealmount").exists());
+}
+
+#[test]
 fn mount_without_writable_run_reports_missing_record() {
     let Some(sandbox) = sandbox!() else { return };
     let mnt = sandbox.directory("mnt");

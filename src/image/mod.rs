@@ -311,7 +311,7 @@ impl AsFd for Image {
 }
 
 /// The magic number of tmpfs, of statfs(2).
-const TMPFS_MAGIC: FsWord = 0x0102_1994;
+pub(crate) const TMPFS_MAGIC: FsWord = 0x0102_1994;
 
 /// Returns whether a file is a memfd that no process can change. Only files in memory have seals. For any
 /// other file, the kernel fails with EINVAL.
