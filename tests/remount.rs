@@ -376,10 +376,13 @@ fn remount_of_other_mount_is_rejected() {
     umount(&mounted.mnt);
     let (upper, work) = (mounted.sandbox.path("upper"), mounted.sandbox.path("work"));
     let (objects, upper, work) = (V1.objects(), upper.display(), work.display());
-    let options = format!("lowerdir={},upperdir={upper},workdir={work}", objects.display());
-    run("mount", ["-t", "overlay", "-o", &options, "overlay", mnt]);
-    mounted.rejects("ro", "an overlay without object directories, not composefs");
-    umount(&mounted.mnt);
+    let objects = objects.display();
+    for lowerdir in [format!("{objects}"), format!("{objects}:{}", V2.objects().display())] {
+        let options = format!("lowerdir={lowerdir},upperdir={upper},workdir={work},nosuid");
+        run("mount", ["-t", "overlay", "-o", &options, "overlay", mnt]);
+        mounted.rejects("ro", "an overlay without object directories, not composefs");
+        umount(&mounted.mnt);
+    }
     let output = mount_composefs!(["image", "/missing", "-o", "remount,ro"]);
     assert_eq!(output.status.code(), Some(32), "{}", stderr(&output));
     assert!(stderr(&output).contains("hint: give the directory of a mount"), "{}", stderr(&output));

@@ -6,6 +6,11 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
+/// The directory of the scratch with the image, in `lowerdir`.
+pub(crate) const IMAGE: &str = "image";
+/// The directory of the scratch with the whiteouts above the image, in `lowerdir`.
+pub(crate) const WHITEOUTS: &str = "whiteouts";
+
 /// An option, with its value if it has one.
 pub(crate) type ShownOption = (OsString, Option<OsString>);
 
@@ -122,18 +127,37 @@ pub(crate) fn value<'a>(options: &'a [ShownOption], name: &'a str) -> Option<&'a
 }
 
 /// Returns the object directories of an overlay: its data-only layers or, on a kernel without data-only
-/// layers, all lower layers except the first.
+/// layers, the layers below the image. Only sealmount has given an image its name in the scratch. The lower
+/// layers of other overlays are not object directories.
 pub(crate) fn data_layers(superblock: &[ShownOption]) -> Vec<&OsStr> {
     let data: Vec<_> = values(superblock, "datadir+").collect();
     if !data.is_empty() {
         return data;
     }
-    let lowerdir = value(superblock, "lowerdir").unwrap_or_default().as_bytes();
-    let is_double = lowerdir.windows(2).any(|two| two == b"::");
-    let parts = lowerdir.split(|byte| *byte == b':').filter(|part| !part.is_empty());
-    // Linux < 6.5: a layer of whiteouts may lie above the image.
-    let image = if !is_double && lowerdir.starts_with(b"whiteouts:") { 2 } else { 1 };
-    parts.skip(image).map(OsStr::from_bytes).collect()
+    let layers = split_layers(value(superblock, "lowerdir").unwrap_or_default().as_bytes());
+    let layers: Vec<_> = layers.into_iter().map(OsStr::from_bytes).collect();
+    match &layers[..] {
+        // A data-only layer follows two colons.
+        [_, .., _] if layers.iter().any(|layer| layer.is_empty()) => {
+            let data = layers.into_iter().skip_while(|layer| !layer.is_empty());
+            data.filter(|layer| !layer.is_empty()).collect()
+        }
+        // Linux < 6.5: a layer of whiteouts may lie above the image.
+        [first, image, objects @ ..] if *first == WHITEOUTS && *image == IMAGE => objects.to_vec(),
+        [image, objects @ ..] if *image == IMAGE => objects.to_vec(),
+        _ => Vec::new(),
+    }
+}
+
+/// Splits `lowerdir` at each colon without a backslash in front of it.
+fn split_layers(lowerdir: &[u8]) -> Vec<&[u8]> {
+    let mut is_escaped = false;
+    let is_end = |byte: &u8| {
+        let is_end = *byte == b':' && !is_escaped;
+        is_escaped = *byte == b'\\' && !is_escaped;
+        is_end
+    };
+    lowerdir.split(is_end).collect()
 }
 
 #[cfg(test)]
@@ -181,7 +205,17 @@ mod tests {
             ("image::/a::/b", vec!["/a", "/b"]),
             ("image:/a:/b", vec!["/a", "/b"]),
             ("whiteouts:image:/a", vec!["/a"]),
+            ("/top:/image::/a", vec!["/a"]),
+            (r"image::/a\:b::/c", vec![r"/a\:b", "/c"]),
             ("/one", vec![]),
+            // Overlays that are not composefs.
+            ("/one:/two", vec![]),
+            (r"/one\::/two", vec![]),
+            ("/image:/two", vec![]),
+            ("images:/two", vec![]),
+            ("whiteouts:/two:/three", vec![]),
+            ("image", vec![]),
+            ("", vec![]),
         ] {
             assert_eq!(data_layers(&[option("lowerdir", Some(lowerdir))]), expected, "{lowerdir}");
         }

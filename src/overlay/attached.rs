@@ -20,15 +20,12 @@ use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, move_mount};
 
 use crate::kernel::fs_context::{FsContext, STRING_MAX};
+use crate::kernel::mount_table::{IMAGE, WHITEOUTS};
 use crate::kernel::private_namespace::{enter_scratch, open_clone};
 use crate::kernel::{KernelError, Operation};
 use crate::location::is_same_file;
 use crate::overlay::layers::{Layer, Layers};
 use crate::overlay::method::LayerMethod;
-
-/// The directory of the scratch with the image.
-pub(crate) const IMAGE: &str = "image";
-const WHITEOUTS: &str = "whiteouts";
 
 /// The two paths of a layer. At least one of them leads to the layer.
 struct LayerPath {

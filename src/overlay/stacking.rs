@@ -15,8 +15,9 @@ use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
 use crate::kernel::fs_context::FsContext;
+use crate::kernel::mount_table::IMAGE;
 use crate::kernel::{KernelError, Operation};
-use crate::overlay::attached::{IMAGE, attach_to};
+use crate::overlay::attached::attach_to;
 
 /// The result of a trial overlay on a finished mount.
 #[derive(Clone, Debug)]
