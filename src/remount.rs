@@ -43,7 +43,8 @@ pub struct AttachedMount {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RemountReport {
-    /// The flags before the remount.
+    /// The flags immediately before the remount, also if another process has changed them since the mount was
+    /// opened.
     pub before: MountFlags,
     /// The flags after the remount. Without an upper layer, they are read-only in any case.
     pub after: MountFlags,
@@ -65,8 +66,7 @@ impl AttachedMount {
         if !statx.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
             return Err(RemountError::NotAMount { path });
         }
-        let line = find_mount(&read_mount_table()?, statx.stx_mnt_id);
-        let Some(line) = line else { return Err(RemountError::OutOfReach { path }) };
+        let line = read_line(&path, statx.stx_mnt_id)?;
         let is_off = |option| value(&line.superblock, option).is_some_and(|value| value == "off");
         if line.fs_type != "overlay" {
             return Err(RemountError::OtherFileSystem { path, file_system: line.fs_type });
@@ -268,7 +268,9 @@ impl AttachedMount {
     /// # Errors
     ///
     /// [`RemountError`]. The flags are then the same as before, except with [`RemountError::NotUndone`].
-    pub fn remount(self, flags: &MountFlags) -> Result<RemountReport, RemountError> {
+    pub fn remount(mut self, flags: &MountFlags) -> Result<RemountReport, RemountError> {
+        // Another process may have changed the flags since the mount was opened.
+        self.line = read_line(&self.path, self.line.id)?;
         self.check_dirsync(flags)?;
         let before = self.flags();
         let mut after = *flags;
@@ -279,9 +281,8 @@ impl AttachedMount {
         let is_read_only = has_flag(&self.line.attributes, "ro");
         let old = attributes(&before, is_read_only);
         let new = attributes(&after, after.read_only);
-        if new != old {
-            self.set_attributes(new)?;
-        }
+        // Also if the table shows the same attributes, because they may change at any time.
+        self.set_attributes(new)?;
         match self.change_superblock(&before, &after) {
             Ok(()) => Ok(RemountReport { before, after }),
             Err(error) if new == old => Err(error.into()),
@@ -347,6 +348,12 @@ const ALL_ATTRIBUTES: MountAttributes = MountAttributes {
     nosymfollow: true,
     nodiratime: true,
 };
+
+/// Reads the line of a mount in the table of mounts.
+fn read_line(path: &Path, id: u64) -> Result<MountLine, RemountError> {
+    let out_of_reach = || RemountError::OutOfReach { path: path.to_owned() };
+    find_mount(&read_mount_table()?, id).ok_or_else(out_of_reach)
+}
 
 /// Reads the table of mounts through a private procfs, because /proc may be forged.
 fn read_mount_table() -> Result<Vec<u8>, KernelError> {

@@ -416,6 +416,19 @@ fn library_changes_one_flag() {
 }
 
 #[test]
+fn flags_that_changed_after_open_are_set_again() {
+    let Some(mounted) = Mounted::with_upper_layer("nosuid,nodev,sync") else { return };
+    let mount = AttachedMount::open(&mounted.mnt).unwrap();
+    let flags = mount.flags();
+    mounted.remounts("lazytime");
+    assert_eq!(mounted.flags(), "rw,relatime,rw,lazytime");
+    let report = mount.remount(&flags).unwrap();
+    assert_eq!(mounted.flags(), "rw,nosuid,nodev,relatime,rw,sync");
+    assert_eq!(report.before.to_string(), "rw,relatime,lazytime");
+    assert_eq!(report.after, flags);
+}
+
+#[test]
 fn forged_proc_is_not_used_for_remount() {
     let Some(mounted) = Mounted::new("") else { return };
     let before = mounted.flags();
