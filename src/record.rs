@@ -4,7 +4,7 @@
 //! the next boot. The file system of the directory is in memory and does not survive a boot. So a record
 //! cannot describe a later mount. docs/design.md has the alternatives.
 
-use std::ffi::{CStr, OsString};
+use std::ffi::{CStr, CString, OsString};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -26,6 +26,10 @@ use crate::util::text::shown;
 
 const PARENT: &str = "/run";
 const DIRECTORY: &str = "/run/sealmount";
+
+/// The maximum number of records of other mount namespaces, with the new record. A mount namespace leaves its
+/// records when it ends. This mount namespace has at most one record for each mount.
+const MAX_OF_OTHER_ROOTS: usize = 256;
 
 /// The size of a file that is not a record. Object directories have paths of up to 4096 bytes.
 const TOO_LARGE: usize = 1024 * 1024;
@@ -257,15 +261,30 @@ fn for_each_record(
     Ok(())
 }
 
-/// Removes the records of this root whose mounts are gone from the mount namespace.
+/// Removes the records of this root whose mounts are gone from the mount namespace. If there are too many
+/// records of other roots, removes the oldest one: its mount namespace may be gone.
 fn remove_stale(directory: &OwnedFd, root: u64) -> Result<(), Errno> {
+    let remove = |file_name: &CStr| {
+        // Another process may have removed the record.
+        let _ = unlinkat(directory, file_name, AtFlags::empty());
+    };
+    let mut others = 0;
+    let mut oldest: Option<(u64, CString)> = None;
     for_each_record(directory, |file_name, record, _| {
-        if record.root == root && sealmount_sys::statmount_exists(record.mount) == Err(Errno::NOENT)
-        {
-            // Another process may have removed the record.
-            let _ = unlinkat(directory, file_name, AtFlags::empty());
+        if record.root != root {
+            others += 1;
+            // The kernel counts the unique IDs up.
+            if oldest.as_ref().is_none_or(|(mount, _)| record.mount < *mount) {
+                oldest = Some((record.mount, file_name.to_owned()));
+            }
+        } else if sealmount_sys::statmount_exists(record.mount) == Err(Errno::NOENT) {
+            remove(file_name);
         }
-    })
+    })?;
+    if let Some((_, file_name)) = oldest.filter(|_| others >= MAX_OF_OTHER_ROOTS) {
+        remove(&file_name);
+    }
+    Ok(())
 }
 
 /// Writes a record under another name and renames the file, so a reader never sees a part of a record.

@@ -273,6 +273,24 @@ fn record_does_not_describe_later_mount() {
 }
 
 #[test]
+fn records_of_ended_namespaces_are_bounded() {
+    let Some(mounted) = Mounted::new("copy") else { return };
+    umount(&mounted.mnt);
+    // The mount IDs of other namespaces, the oldest in the middle of the directory.
+    let record = |mount: u64| PathBuf::from(format!("/run/sealmount/1-{mount}"));
+    for mount in (2..=128).chain([1]).chain(129..=256) {
+        fs::write(record(mount), "copy").unwrap();
+    }
+    mounted.mount("copy");
+    assert_eq!(records().len(), 256);
+    assert!(!record(1).exists() && record(2).exists());
+    mounted.remounts("copy");
+    umount(&mounted.mnt);
+    mounted.mount("copy");
+    assert_eq!(records().len(), 256);
+}
+
+#[test]
 fn record_on_a_disk_is_neither_written_nor_read() {
     let options = format!("copy,noverity,digest={}", V1.digest);
     let Some(mounted) = Mounted::new(&options) else { return };
