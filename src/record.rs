@@ -17,8 +17,9 @@ use rustix::fs::{
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::image::TMPFS_MAGIC;
+use crate::kernel::procfs::Procfs;
 use crate::kernel::{ErrorKind, Hint, KernelError, Operation};
-use crate::location::Location;
+use crate::location::{Location, is_same_file};
 use crate::options::MountOptions;
 use crate::overlay::OverlayOptions;
 use crate::util::io::read_at;
@@ -101,9 +102,10 @@ impl MountRecord {
     ///
     /// # Errors
     ///
-    /// [`RecordError`]: a system call failed, another user can write to /run/sealmount, or the directory is not
-    /// on a tmpfs or ramfs.
+    /// [`RecordError`]: a system call failed, another user can write to /run/sealmount, the directory is not on a
+    /// tmpfs or ramfs, or the mount namespace belongs to another user namespace.
     pub fn write(&self) -> Result<(), RecordError> {
+        check_namespace(Operation::WriteRecord)?;
         let directory = make_directory()?;
         let failed = |errno| failed(Operation::WriteRecord, &self.name.path(), errno);
         remove_stale(&directory, self.name.root).map_err(failed)?;
@@ -116,6 +118,7 @@ pub(crate) fn find(mount: impl AsFd) -> Result<Option<MountOptions>, RecordError
     let name = RecordName::of(mount, Operation::ReadRecord)?;
     let path = name.path();
     let failed = |errno| failed(Operation::ReadRecord, &path, errno);
+    check_namespace(Operation::ReadRecord)?;
     let Some(directory) = open_directory(Operation::ReadRecord)? else { return Ok(None) };
     // The root may have been another mount when the record was written, as in an initramfs.
     let mut found = None;
@@ -201,6 +204,24 @@ fn failed(operation: Operation, path: &Path, errno: Errno) -> RecordError {
 
 fn is_of_root_alone(stat: &Stat) -> bool {
     stat.st_uid == 0 && stat.st_mode & 0o022 == 0
+}
+
+/// Checks that the mount namespace belongs to the user namespace of the caller. The owner of another one could
+/// mount any directory of the system on the directory of the records.
+fn check_namespace(operation: Operation) -> Result<(), RecordError> {
+    let path = Path::new(DIRECTORY);
+    let failed = |errno| failed(operation, path, errno);
+    let kernel = |error: KernelError| {
+        RecordError::new(operation, path, RecordProblem::Kernel(Box::new(error)))
+    };
+    let procfs = Procfs::require().map_err(kernel)?;
+    let namespace = procfs.open_mount_namespace().map_err(failed)?;
+    let owner = sealmount_sys::owner_of_namespace(namespace).map_err(failed)?;
+    let own = procfs.open_user_namespace().map_err(failed)?;
+    match is_same_file(owner, own).map_err(failed)? {
+        true => Ok(()),
+        false => Err(RecordError::new(operation, path, RecordProblem::OtherUserNamespace)),
+    }
 }
 
 /// Opens the directory of the records. Returns `None` if it does not exist.
@@ -322,6 +343,9 @@ pub enum RecordProblem {
     Untrusted,
     /// The directory is not on a tmpfs or ramfs. After a boot, a record could describe another mount.
     NotInMemory,
+    /// The mount namespace does not belong to the user namespace of the caller. The owner of the mount namespace
+    /// can put another directory in front of /run/sealmount.
+    OtherUserNamespace,
     /// The record is not the text of options.
     Damaged,
     /// A system call failed.
@@ -355,7 +379,9 @@ impl RecordError {
     pub fn kind(&self) -> ErrorKind {
         match &self.problem {
             RecordProblem::NoUniqueId | RecordProblem::NotInMemory => ErrorKind::Unsupported,
-            RecordProblem::Untrusted => ErrorKind::PermissionDenied,
+            RecordProblem::Untrusted | RecordProblem::OtherUserNamespace => {
+                ErrorKind::PermissionDenied
+            }
             RecordProblem::Damaged => ErrorKind::Io,
             RecordProblem::Kernel(error) => error.kind(),
         }
@@ -369,7 +395,7 @@ impl RecordError {
                 "remove /run/sealmount, and find the program that changed the directory",
             )),
             RecordProblem::NotInMemory => Some(Hint::new("mount a tmpfs on /run")),
-            RecordProblem::Damaged => None,
+            RecordProblem::OtherUserNamespace | RecordProblem::Damaged => None,
             RecordProblem::Kernel(error) => error.hint(),
         }
     }
@@ -389,6 +415,13 @@ impl std::fmt::Display for RecordError {
             RecordProblem::NotInMemory => {
                 let operation = self.operation;
                 write!(f, "{path}: cannot {operation}: the file system is not a tmpfs or ramfs")
+            }
+            RecordProblem::OtherUserNamespace => {
+                let operation = self.operation;
+                write!(
+                    f,
+                    "{path}: cannot {operation}: the mount namespace belongs to another user namespace"
+                )
             }
             RecordProblem::Damaged => {
                 write!(f, "{path}: cannot use the record: the content is damaged")

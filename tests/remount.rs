@@ -1,9 +1,10 @@
 //! Tests remounts: by the library, by mount(8) with a line of fstab, and by the helper alone.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use rustix::mount::mount_bind;
 use sealmount::{AttachedMount, ErrorKind, RemountError, RemountOptions};
@@ -288,6 +289,31 @@ fn records_of_ended_namespaces_are_bounded() {
     umount(&mounted.mnt);
     mounted.mount("copy");
     assert_eq!(records().len(), 256);
+}
+
+#[test]
+fn namespace_of_a_user_has_no_records() {
+    let Some(mounted) = Mounted::new("") else { return };
+    umount(&mounted.mnt);
+    let mut user = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c"])
+        // A directory that root alone can change, in place of the directory of the records.
+        .arg("mkdir /run/chosen /run/sealmount && mount --bind /run/chosen /run/sealmount; echo; read line")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    user.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    let namespace = user.id().to_string();
+    let options = format!("{},copy", basedir());
+    let output = mounted.helper(&["-v", "-N", &namespace], &options);
+    let text = "the mount namespace belongs to another user namespace";
+    assert!(output.status.success() && stderr(&output).contains(text), "{}", stderr(&output));
+    assert!(fs::read_dir("/run/chosen").unwrap().next().is_none());
+    let output = mounted.helper(&["-N", &namespace], "remount,copy");
+    assert!(!output.status.success() && stderr(&output).contains(text), "{}", stderr(&output));
+    drop(user.stdin.take());
+    user.wait().unwrap();
 }
 
 #[test]

@@ -57,6 +57,12 @@ impl Procfs {
         openat(&self.root, "thread-self/ns/mnt", flags, Mode::empty())
     }
 
+    /// Opens the user namespace of the calling thread.
+    pub fn open_user_namespace(&self) -> Result<OwnedFd, Errno> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        openat(&self.root, "thread-self/ns/user", flags, Mode::empty())
+    }
+
     /// Opens the table of the mounts that the calling thread can reach.
     pub fn open_mount_table(&self) -> Result<OwnedFd, Errno> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;

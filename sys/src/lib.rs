@@ -30,8 +30,8 @@ pub use auxv::is_secure_execution;
 pub use cpu::current_cpu;
 pub use mount_setattr::{mount_setattr_flags, mount_setattr_idmap, mount_setattr_private};
 pub use namespace::{
-    enter_mount_namespace, is_user_namespace, unshare_mount_namespace, unshare_user_namespace,
-    unshare_working_directory,
+    enter_mount_namespace, is_user_namespace, owner_of_namespace, unshare_mount_namespace,
+    unshare_user_namespace, unshare_working_directory,
 };
 pub use sealed_mapping::SealedMapping;
 pub use statmount::statmount_exists;

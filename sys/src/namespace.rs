@@ -1,10 +1,10 @@
 //! [namespaces(7)](https://man7.org/linux/man-pages/man7/namespaces.7.html)
 
 use std::ffi::c_void;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 
 use linux_raw_sys::general::CLONE_NEWUSER;
-use linux_raw_sys::ioctl::NS_GET_NSTYPE;
+use linux_raw_sys::ioctl::{NS_GET_NSTYPE, NS_GET_USERNS};
 use rustix::io;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
@@ -90,4 +90,37 @@ pub fn is_user_namespace(file: impl AsFd) -> bool {
     // SAFETY: see NsType.
     let nstype = unsafe { ioctl(file, NsType) };
     nstype.is_ok_and(|nstype| nstype == CLONE_NEWUSER as IoctlOutput)
+}
+
+/// `NS_GET_USERNS` returns its result as the return value of ioctl(2).
+struct Owner;
+
+// SAFETY: NS_GET_USERNS has no argument and returns a new descriptor.
+unsafe impl Ioctl for Owner {
+    type Output = OwnedFd;
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        NS_GET_USERNS as Opcode
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        std::ptr::null_mut()
+    }
+
+    unsafe fn output_from_ptr(descriptor: IoctlOutput, _: *mut c_void) -> io::Result<OwnedFd> {
+        // SAFETY: the descriptor is new and has no other owner.
+        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+    }
+}
+
+/// Opens the user namespace that owns a namespace, such as /proc/PID/ns/mnt
+/// ([ioctl_nsfs(2)](https://man7.org/linux/man-pages/man2/ioctl_nsfs.2.html), Linux 4.9).
+///
+/// # Errors
+///
+/// `EPERM`: the user namespace is not the caller's own one or a descendant.
+pub fn owner_of_namespace(namespace: impl AsFd) -> io::Result<OwnedFd> {
+    // SAFETY: see Owner.
+    unsafe { ioctl(namespace, Owner) }
 }
