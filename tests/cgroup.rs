@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
-use test_support::{Sandbox, V1, assert_is_manifest, large_image, run, sandbox, umount};
+use test_support::{Sandbox, V1, assert_is_manifest, large_image, run, sandbox, through, umount};
 
 const MIB: usize = 1 << 20;
 const IMAGE: usize = 70 * MIB;
@@ -118,6 +118,57 @@ fn copy_above_cgroup_limit_is_rejected() {
     // Without a copy, the limit has no effect.
     inner.set_limit(25 * MIB);
     assert_mounts(&inner.mount(&image, &mount_point, "ro"), &mount_point);
+}
+
+/// Mounts a compressed image in cgroups with these limits, in MiB. Each mount must work or be rejected. Returns
+/// the exit statuses.
+fn statuses_with_limits(sandbox: &Sandbox, compressed: &[u8], limits: &[usize]) -> Vec<i32> {
+    let mount_point = sandbox.directory("mnt");
+    let image = sandbox.file("image", compressed);
+    let cgroup = Cgroup::new(sandbox, "decoder");
+    let status = |limit: &usize| {
+        cgroup.set_limit(limit * MIB);
+        let output = cgroup.mount(&image, &mount_point, "copy");
+        let message = String::from_utf8_lossy(&output.stderr);
+        match output.status.code() {
+            Some(0) => umount(&mount_point),
+            Some(2) => {
+                assert!(message.contains(" bytes, its decoder needs "), "{limit}: {message}")
+            }
+            _ => panic!("{limit} MiB: {output:?}"),
+        }
+        output.status.code().unwrap()
+    };
+    limits.iter().map(status).collect()
+}
+
+/// The window of the first frame is in the header of the file. The window of a later frame is known only when
+/// the decoder arrives there.
+#[test]
+fn decoder_above_cgroup_limit_is_rejected() {
+    const LIMITS: [usize; 8] = [5, 11, 12, 14, 16, 18, 30, 60];
+    let image = large_image(10 * MIB);
+    let zstd = |window: &'static str, part: &[u8]| through(&["zstd", "-q", window, "-c"], part);
+    let (start, rest) = image.split_at(MIB);
+    let zstd_8_mib = zstd("--zstd=wlog=23", &image);
+    let larger_later = [zstd("--zstd=wlog=17", start), zstd("--zstd=wlog=24", rest)].concat();
+    for compressed in [zstd_8_mib, larger_later] {
+        let Some(sandbox) = sandbox!() else { return };
+        let statuses = statuses_with_limits(&sandbox, &compressed, &LIMITS);
+        assert_eq!(statuses, [2, 2, 2, 2, 2, 2, 0, 0]);
+    }
+    let Some(sandbox) = sandbox!() else { return };
+    let gzip = through(&["gzip", "-c"], &image);
+    assert_eq!(statuses_with_limits(&sandbox, &gzip, &LIMITS), [2, 2, 2, 2, 0, 0, 0, 0]);
+}
+
+#[test]
+fn xz_dictionary_above_cgroup_limit_is_rejected() {
+    let Some(sandbox) = sandbox!() else { return };
+    // The dictionary of 64 MiB is filled only as far as the image is large.
+    let compressed = through(&["xz", "-9", "-T1", "-c"], &large_image(15 * MIB));
+    let statuses = statuses_with_limits(&sandbox, &compressed, &[5, 16, 18, 24, 30, 60]);
+    assert_eq!(statuses, [2, 2, 2, 2, 2, 0]);
 }
 
 /// The kernel reclaims the page cache, so the page cache counts as available. Files in memory do not count.

@@ -151,6 +151,17 @@ type Span = (u64, Vec<u8>);
 /// A function that hands over a span, and returns a buffer for the next span.
 pub(crate) type HandOver<'a, E> = &'a mut dyn FnMut(u64, Vec<u8>) -> Result<Vec<u8>, E>;
 
+fn helpers_for(spans: usize) -> usize {
+    useful_threads().saturating_sub(1).clamp(1, HELPERS_MAX).min(spans.saturating_sub(1))
+}
+
+/// Returns the highest number of buffers of [`share_spans`], each of one span.
+pub(crate) fn buffers_for(spans: usize) -> usize {
+    let others = spans.saturating_sub(1);
+    let helpers = helpers_for(spans);
+    if helpers > 0 { 1 + (helpers + WAITING_MAX).min(others) } else { 1 }
+}
+
 /// Runs `produce` in the calling thread. `produce` makes the spans of a stream in order and hands over each
 /// span. Other threads call `consume` for the spans. The calling thread calls `consume` too if all other
 /// threads are busy, or if there is no memory for more buffers.
@@ -164,11 +175,9 @@ pub(crate) fn share_spans<E: From<Halted> + Send>(
     produce: impl FnOnce(HandOver<E>) -> Result<(), E>,
 ) -> Result<(), E> {
     let no_memory = |errno| E::from(Halted::NoMemory(errno));
-    let others = spans.saturating_sub(1);
-    let helpers = useful_threads().saturating_sub(1).clamp(1, HELPERS_MAX).min(others);
+    let helpers = helpers_for(spans);
     // The producer already has one buffer.
-    let wanted = if helpers > 0 { (helpers + WAITING_MAX).min(others) } else { 0 };
-    let mut spare = try_buffers(wanted, span_size);
+    let mut spare = try_buffers(buffers_for(spans) - 1, span_size);
     let helpers = threads_that_fit(helpers.min(spare.len())).map_err(no_memory)?;
 
     let (sender, receiver) = mpsc::sync_channel::<Span>(WAITING_MAX);

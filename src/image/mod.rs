@@ -2,6 +2,7 @@
 
 pub(crate) mod compression;
 pub(crate) mod header;
+pub(crate) mod window;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};

@@ -21,23 +21,24 @@ use crate::kernel::procfs::{self, Procfs};
 /// A limit of cgroup v1 from this value on means that there is no limit.
 const NO_LIMIT_V1: u64 = 1 << 62;
 
-/// A cgroup without enough memory for a copy.
+/// A cgroup with a limit.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct FullCgroup {
+pub(crate) struct LimitedCgroup {
     /// The path, as /proc/self/cgroup has it.
     pub path: PathBuf,
     /// The limit, in bytes.
     pub limit: u64,
-    /// The bytes that are free, or that the kernel can reclaim from the page cache.
+    /// The bytes that are free, or that the kernel can reclaim from the page cache. If the free bytes are
+    /// enough, the page cache is left out.
     pub available: u64,
 }
 
-/// Returns the cgroup that cannot hold `size` more bytes, or `None` if each known limit is high enough. Of
-/// several cgroups, returns the cgroup with the least available memory.
+/// Returns the cgroup with the least available memory, or `None` if no limit is known. `size` is the number of
+/// bytes that are enough.
 ///
 /// Swap is not counted, as in MemAvailable. `memory.high` is not a limit: above `memory.high`, the kernel
 /// slows processes down and does not kill them.
-pub(crate) fn full_cgroup(procfs: Option<&Procfs>, size: u64) -> Option<FullCgroup> {
+pub(crate) fn tightest_cgroup(procfs: Option<&Procfs>, size: u64) -> Option<LimitedCgroup> {
     let memberships = procfs::read_file(procfs, "self/cgroup")?;
     let membership = Membership::parse(&memberships)?;
     // The root of the whole hierarchy has no limit.
@@ -47,12 +48,12 @@ pub(crate) fn full_cgroup(procfs: Option<&Procfs>, size: u64) -> Option<FullCgro
     let mountinfo = procfs::read_file(procfs, "thread-self/mountinfo")?;
     let mount = find_hierarchy(&mountinfo, &membership)?;
     let root = open_root(&mount)?;
-    let full = |path: &Path| {
+    let limited = |path: &Path| {
         let inside = path.strip_prefix(&mount.root).ok()?;
         let (limit, available) = membership.version.room(&root, inside, size)?;
-        (available < size).then(|| FullCgroup { path: path.to_owned(), limit, available })
+        Some(LimitedCgroup { path: path.to_owned(), limit, available })
     };
-    membership.path.ancestors().filter_map(full).min_by_key(|full| full.available)
+    membership.path.ancestors().filter_map(limited).min_by_key(|cgroup| cgroup.available)
 }
 
 /// The version of a hierarchy, with the names of its files.
@@ -63,8 +64,8 @@ enum Version {
 }
 
 impl Version {
-    /// Returns the limit of a cgroup and its available memory. Returns `None` if the limit leaves room for
-    /// `size` bytes, or cannot be read.
+    /// Returns the limit of a cgroup and its available memory. Reads the page cache only if the free bytes
+    /// are fewer than `size`. Returns `None` if there is no limit, or it cannot be read.
     fn room(self, root: &OwnedFd, cgroup: &Path, size: u64) -> Option<(u64, u64)> {
         let read = |name| read_in(root, &cgroup.join(name));
         let [limit, usage] = match self {
@@ -74,7 +75,7 @@ impl Version {
         let limit = parse_limit(&read(limit)?)?;
         let free = limit.saturating_sub(parse_number(&read(usage)?)?);
         if free >= size {
-            return None;
+            return Some((limit, free));
         }
         Some((limit, free.saturating_add(self.parse_page_cache(&read("memory.stat")?))))
     }

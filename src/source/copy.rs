@@ -9,6 +9,7 @@ use crate::digest::tree::{Hash, MerkleTree};
 use crate::image::Image;
 use crate::kernel::{KernelError, Operation};
 use crate::source::error::SourceError;
+use crate::source::limits::{Need, check_limit};
 use crate::source::memory::{SealedMemory, UnsealedMemory};
 use crate::source::options::CopyOptions;
 use crate::util::io::{read_at, write_all_at};
@@ -22,8 +23,8 @@ pub(crate) fn into_memory(
     progress: OnProgress,
 ) -> Result<SealedMemory, SourceError> {
     let (path, size) = (image.path(), image.file_size());
-    let memory =
-        UnsealedMemory::create(options.memory, path, size, options.size, image.procfs.as_deref())?;
+    check_limit(path, Need::of_size(size), options.size, image.procfs.as_deref())?;
+    let memory = UnsealedMemory::create(options.memory, path, size)?;
     let algorithm = expected.map(|digest| digest.algorithm());
     let spans = copy(image, &memory, algorithm, progress)?;
     check_digest(path, size, spans, expected)?;

@@ -97,9 +97,9 @@ pub enum SourceError {
 
     /// The machine does not have enough memory for the copy at this moment.
     #[error(
-        "{}: cannot copy the image: {} has {size} bytes, and {available} bytes of memory are available",
+        "{}: cannot copy the image: {}, and {available} bytes of memory are available",
         shown(image),
-        subject(compression)
+        need(compression, *size, *decoder)
     )]
     #[non_exhaustive]
     NotEnoughMemory {
@@ -107,18 +107,20 @@ pub enum SourceError {
         image: PathBuf,
         /// The size of the image, in bytes. If `compression` is set, the size of the compressed file.
         size: u64,
-        /// The available memory, in bytes.
+        /// The memory of the decoder, in bytes: its window and its buffers. 0 if the file is not compressed.
+        decoder: u64,
+        /// The available memory, in bytes, with the memory that the copy already has.
         available: u64,
-        /// The compression of the file, if the compressed file alone exceeds the memory.
+        /// The compression of the file, if the size of the image is not known yet.
         compression: Option<Compression>,
     },
 
     /// The caller's cgroup, or an ancestor of it, does not allow enough memory for the copy.
     #[error(
-        "{}: cannot copy the image: {} has {size} bytes, and the cgroup {} has {available} bytes of memory \
-         available, with a limit of {limit} bytes",
+        "{}: cannot copy the image: {}, and the cgroup {} has {available} bytes of memory available, with \
+         a limit of {limit} bytes",
         shown(image),
-        subject(compression),
+        need(compression, *size, *decoder),
         shown(cgroup)
     )]
     #[non_exhaustive]
@@ -127,13 +129,15 @@ pub enum SourceError {
         image: PathBuf,
         /// The size of the image, in bytes. If `compression` is set, the size of the compressed file.
         size: u64,
+        /// The memory of the decoder, in bytes: its window and its buffers. 0 if the file is not compressed.
+        decoder: u64,
         /// The path of the cgroup, as /proc/self/cgroup has it.
         cgroup: PathBuf,
         /// The limit of the cgroup, in bytes.
         limit: u64,
-        /// The available memory of the cgroup, in bytes.
+        /// The available memory of the cgroup, in bytes, with the memory that the copy already has.
         available: u64,
-        /// The compression of the file, if the compressed file alone exceeds the memory.
+        /// The compression of the file, if the size of the image is not known yet.
         compression: Option<Compression>,
     },
 
@@ -155,6 +159,15 @@ fn subject(compression: &Option<Compression>) -> String {
         Some(format) => format!("the {format} file"),
         None => "the image".into(),
     }
+}
+
+/// Returns the parts of the memory that a copy needs.
+fn need(compression: &Option<Compression>, size: u64, decoder: u64) -> String {
+    let decoder = match decoder {
+        0 => String::new(),
+        decoder => format!(", its decoder needs {decoder} bytes"),
+    };
+    format!("{} has {size} bytes{decoder}", subject(compression))
 }
 
 impl SourceError {

@@ -7,25 +7,47 @@ use rustix::io::Errno;
 use crate::image::Compression;
 use crate::kernel::procfs::{self, Procfs};
 use crate::kernel::{KernelError, Operation};
-use crate::source::cgroup::{FullCgroup, full_cgroup};
+use crate::source::cgroup::{LimitedCgroup, tightest_cgroup};
 use crate::source::error::SourceError;
 use crate::source::options::SizeLimit;
 
 /// The size of a page, in bytes.
 const PAGE_SIZE: u64 = 4096;
 
-/// Checks that a copy of `size` bytes is within the limit and the available memory, of the machine and of the
-/// cgroup. If `compression` is set, `size` is the size of the compressed file.
+/// The memory that a copy needs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Need {
+    /// The size of the image, in bytes. If `compression` is set, the size of the compressed file.
+    pub size: u64,
+    /// The memory of the decoder, in bytes: its window and its buffers.
+    pub decoder: u64,
+    /// The bytes of `size` and `decoder` that are allocated already.
+    pub allocated: u64,
+    /// The compression of the file, if the size of the image is not known yet.
+    pub compression: Option<Compression>,
+}
+
+impl Need {
+    /// Returns the need of a copy without a decoder.
+    pub fn of_size(size: u64) -> Need {
+        Need { size, decoder: 0, allocated: 0, compression: None }
+    }
+}
+
+/// Checks that a copy is within the limit and the available memory, of the machine and of the cgroup. The
+/// decoder counts as memory, and does not count for the limit. Returns the number of bytes that stay
+/// available, or a lower number.
 ///
 /// A memfd has no limit of its own. If memory runs out, the kernel kills processes and does not return
 /// ENOSPC.
 pub(crate) fn check_limit(
     image: &Path,
-    size: u64,
+    need: Need,
     limit: Option<SizeLimit>,
-    compression: Option<Compression>,
     procfs: Option<&Procfs>,
-) -> Result<(), SourceError> {
+) -> Result<u64, SourceError> {
+    let Need { size, decoder, allocated, compression } = need;
+    let needed = size.saturating_add(decoder);
     // Without /proc, the page cache counts as used.
     let (total, available) = match meminfo(procfs) {
         Some(figures) => figures,
@@ -38,20 +60,28 @@ pub(crate) fn check_limit(
     if size > limit {
         return Err(SourceError::LimitExceeded { image: image(), size, limit, compression });
     }
-    if size > available {
-        return Err(SourceError::NotEnoughMemory { image: image(), size, available, compression });
+    let available = available.saturating_add(allocated);
+    if needed > available {
+        let image = image();
+        return Err(SourceError::NotEnoughMemory { image, size, decoder, available, compression });
     }
-    match full_cgroup(procfs, size) {
-        Some(FullCgroup { path, limit, available }) => Err(SourceError::CgroupLimitExceeded {
+    let cgroup = tightest_cgroup(procfs, needed.saturating_sub(allocated));
+    let Some(LimitedCgroup { path: cgroup, limit, available: in_cgroup }) = cgroup else {
+        return Ok(available - needed);
+    };
+    let in_cgroup = in_cgroup.saturating_add(allocated);
+    if needed > in_cgroup {
+        return Err(SourceError::CgroupLimitExceeded {
             image: image(),
             size,
-            cgroup: path,
+            decoder,
+            cgroup,
             limit,
-            available,
+            available: in_cgroup,
             compression,
-        }),
-        None => Ok(()),
+        });
     }
+    Ok(available.min(in_cgroup) - needed)
 }
 
 /// Checks RLIMIT_FSIZE ([getrlimit(2)](https://man7.org/linux/man-pages/man2/getrlimit.2.html)). On a write
@@ -96,7 +126,7 @@ mod tests {
     fn copy_larger_than_limit_is_rejected() {
         let check = |size, limit| {
             let image = Path::new("/some/image.cfs");
-            check_limit(image, size, limit, None, None)
+            check_limit(image, Need::of_size(size), limit, None).map(drop)
         };
         let refused = |result: Result<(), SourceError>, expected: u64| match result {
             Err(SourceError::LimitExceeded { limit, .. }) => assert_eq!(limit, expected),

@@ -14,11 +14,10 @@ use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
 use crate::kernel::fs_context::FsContext;
-use crate::kernel::procfs::Procfs;
 use crate::kernel::{KernelError, Operation};
 use crate::source::error::SourceError;
-use crate::source::limits::{check_file_size_limit, check_limit};
-use crate::source::options::{MemoryKind, SizeLimit};
+use crate::source::limits::check_file_size_limit;
+use crate::source::options::MemoryKind;
 
 /// The kernel waits about 150 ms in each attempt.
 const SEAL_ATTEMPTS: u32 = 30;
@@ -64,7 +63,7 @@ pub(crate) fn memory_name(image: &Path) -> Vec<u8> {
 }
 
 impl UnsealedMemory {
-    /// Makes an empty file for `size` bytes, which must be within the limit: a memfd
+    /// Makes an empty file for `size` bytes, which must be within the limits: a memfd
     /// ([memfd_create(2)](https://man7.org/linux/man-pages/man2/memfd_create.2.html), Linux 3.17) or a file
     /// in a new ramfs.
     ///
@@ -74,10 +73,7 @@ impl UnsealedMemory {
         kind: MemoryKind,
         image: &Path,
         size: u64,
-        limit: Option<SizeLimit>,
-        procfs: Option<&Procfs>,
     ) -> Result<UnsealedMemory, SourceError> {
-        check_limit(image, size, limit, None, procfs)?;
         check_file_size_limit(image, size)?;
         match kind {
             MemoryKind::Memfd => UnsealedMemory::memfd(image),
@@ -204,7 +200,7 @@ mod tests {
 
     fn sealed(kind: MemoryKind) -> SealedMemory {
         let image = Path::new("/some/image.cfs");
-        let memory = UnsealedMemory::create(kind, image, CONTENT.len() as u64, None, None).unwrap();
+        let memory = UnsealedMemory::create(kind, image, CONTENT.len() as u64).unwrap();
         pwrite(memory.file(), CONTENT, 0).unwrap();
         memory.seal(image).unwrap()
     }
@@ -259,7 +255,7 @@ mod tests {
             return;
         }
         let image = Path::new("/some/image.cfs");
-        let create = || UnsealedMemory::create(MemoryKind::Ramfs, image, 1, None, None).unwrap();
+        let create = || UnsealedMemory::create(MemoryKind::Ramfs, image, 1).unwrap();
 
         let memory = create();
         let writer = memory.file().try_clone().unwrap();
