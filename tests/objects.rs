@@ -173,7 +173,12 @@ fn damaged_objects_are_reported_by_kind() {
         let found: Vec<_> = report.failures.iter().map(ToString::to_string).collect();
         assert_eq!(report.failed as usize, expected.len(), "{found:?}");
         for (found, (path, problem)) in found.iter().zip(&expected) {
-            let start = format!("{path} needs {}: {problem}", object_of(&image, path).display());
+            // A missing object has no directory.
+            let object = match *problem {
+                "missing" => object_of(&image, path),
+                _ => object(path),
+            };
+            let start = format!("{path} needs {}: {problem}", object.display());
             assert!(found.starts_with(&start), "{found} {start}");
         }
         let count = |kind| report.failed_by_kind.iter().find(|(other, _)| *other == kind);
@@ -220,6 +225,10 @@ fn object_is_checked_in_its_first_directory() {
         let report = failed(&image, &[&first, &second], kind);
         let problem = &report.failures[0].problem;
         assert!(matches!(problem, ObjectProblem::WrongSize { found: 0, .. }), "{problem:?}");
+        assert_eq!(report.failures[0].directory, Some(first.clone()));
+        let text = report.failures[0].to_string();
+        let path = first.join(&tool).display().to_string();
+        assert!(text.contains(&format!(" needs {path}: the size is 0 bytes")), "{text}");
         check(&image, &[&second, &first], kind).unwrap();
     }
 }

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,9 +26,9 @@ use crate::kernel::{KernelError, Operation};
 use crate::objects::error::ObjectsError;
 use crate::objects::reference::{ImageObject, ObjectKey, Reference};
 use crate::objects::report::{
-    CheckProgress, CheckReport, ObjectCheck, ObjectFailure, ObjectProblem,
+    CheckProgress, CheckReport, ObjectCheck, ObjectFailure, ObjectProblem, ObjectProblemKind,
 };
-use crate::objects::store::{Found, Store, unreadable};
+use crate::objects::store::{Found, NotFound, Store, unreadable};
 use crate::objects::walk::{Access, Entry, Pending, References, Tree};
 use crate::util::io::read_at;
 use crate::util::memory::threads_that_fit;
@@ -60,6 +61,8 @@ pub(crate) enum VerityNeed {
 pub(crate) struct Check<'a> {
     pub image: &'a ErofsMount,
     pub store: Store<'a>,
+    /// The paths of the object directories, for messages.
+    pub directories: Vec<PathBuf>,
     pub check: ObjectCheck,
     pub verity: VerityNeed,
 }
@@ -108,6 +111,21 @@ fn inodes(image: &ErofsMount) -> Result<u64, ObjectsError> {
 struct Job {
     key: ObjectKey,
     reference: Reference,
+    /// The index of the object directory that has the object.
+    directory: Option<usize>,
+}
+
+/// A problem of an object, and the index of the object directory that has the object.
+struct Located {
+    problem: ObjectProblem,
+    directory: Option<usize>,
+}
+
+impl From<NotFound> for Located {
+    fn from(NotFound { index, problem }: NotFound) -> Located {
+        let directory = (problem.kind() != ObjectProblemKind::Missing).then_some(index);
+        Located { problem, directory }
+    }
 }
 
 /// The work that is left.
@@ -155,7 +173,7 @@ struct Shared<'a> {
     finished: Condvar,
     stop: Stop,
     seen: Mutex<BTreeSet<ObjectKey>>,
-    failures: Mutex<BTreeMap<ObjectKey, ObjectProblem>>,
+    failures: Mutex<BTreeMap<ObjectKey, Located>>,
     large: Mutex<Vec<Job>>,
     /// The number of large objects that are not hashed yet.
     large_left: AtomicU64,
@@ -300,7 +318,8 @@ impl<'a> Shared<'a> {
                 Err(error.on(job.reference.object.unwrap_or_default()).into())
             }
             problem => {
-                lock(&self.failures).insert(job.key, problem);
+                let located = Located { problem, directory: job.directory };
+                lock(&self.failures).insert(job.key, located);
                 Ok(())
             }
         }
@@ -375,18 +394,19 @@ impl<'a> Shared<'a> {
         let unwrap = PoisonError::into_inner;
         let mut problems = self.failures.into_inner().unwrap_or_else(unwrap);
         let mut by_kind = BTreeMap::new();
-        for problem in problems.values() {
-            *by_kind.entry(problem.kind()).or_insert(0) += 1;
+        for located in problems.values() {
+            *by_kind.entry(located.problem.kind()).or_insert(0) += 1;
         }
         let failed = problems.len() as u64;
         let mut failures = Vec::new();
         let mut references = References::new(self.check.image);
         while !problems.is_empty() && failures.len() < NAMED_MAX {
             let Some((path, reference)) = references.next().transpose()? else { break };
-            if let Some(problem) = problems.remove(&reference.key()) {
+            if let Some(Located { problem, directory }) = problems.remove(&reference.key()) {
                 let Reference { object, size, digest, .. } = reference;
                 let object = ImageObject { path, object: object.unwrap_or_default(), size, digest };
-                failures.push(ObjectFailure { object, problem });
+                let directory = directory.map(|number| self.check.directories[number].clone());
+                failures.push(ObjectFailure { object, directory, problem });
             }
         }
         let totals = self.totals.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -508,46 +528,57 @@ impl<'a> Worker<'a> {
         }
         self.totals.objects += 1;
         self.totals.bytes = self.totals.bytes.saturating_add(reference.size);
-        Some(Job { key, reference })
+        Some(Job { key, reference, directory: None })
     }
 
     fn check_all(&mut self, jobs: Vec<Job>, tick: Tick) -> Result<(), ObjectsError> {
-        for job in jobs {
+        for mut job in jobs {
             if self.shared.stop.is_set() {
                 return Ok(());
             }
             match self.check(&job.reference) {
-                Ok(Some(file)) => self.hash(job, file, tick)?,
+                Ok(Some((file, directory))) => {
+                    job.directory = Some(directory);
+                    self.hash(job, file, tick)?;
+                }
                 Ok(None) => {}
-                Err(problem) => self.shared.fail(job, problem)?,
+                Err(Located { problem, directory }) => {
+                    job.directory = directory;
+                    self.shared.fail(job, problem)?;
+                }
             }
             tick(self.shared)?;
         }
         Ok(())
     }
 
-    /// Checks an object without its content. Returns the file if the content must be checked too.
-    fn check(&mut self, reference: &Reference) -> Result<Option<OwnedFd>, ObjectProblem> {
+    /// Checks an object without its content. If the content must be checked too, returns the file and the
+    /// index of its directory.
+    fn check(&mut self, reference: &Reference) -> Result<Option<(OwnedFd, usize)>, Located> {
         let Check { store, check, verity, .. } = self.shared.check;
-        let object = reference.object.as_ref().ok_or(ObjectProblem::InvalidReference)?;
+        let object = reference
+            .object
+            .as_ref()
+            .ok_or(Located { problem: ObjectProblem::InvalidReference, directory: None })?;
         let found = store.find(object)?;
+        let located = |problem| Located { problem, directory: Some(found.index) };
         if found.size != reference.size {
-            return Err(ObjectProblem::WrongSize { found: found.size });
+            return Err(located(ObjectProblem::WrongSize { found: found.size }));
         }
         let Some(expected) = reference.digest else {
             self.totals.without_digest += 1;
-            self.unverified(VerityUnavailable::NoDigest)?;
+            self.unverified(VerityUnavailable::NoDigest).map_err(located)?;
             return Ok(None);
         };
         let is_read = *check == ObjectCheck::Content;
         if *verity == VerityNeed::None && !is_read {
             return Ok(None);
         }
-        let file = found.open()?;
+        let file = found.open().map_err(located)?;
         if *verity != VerityNeed::None {
-            self.measure(&file, expected)?;
+            self.measure(&file, expected).map_err(located)?;
         }
-        Ok(is_read.then_some(file))
+        Ok(is_read.then_some((file, found.index)))
     }
 
     /// Measures an object, and compares the measurement with the digest in the image.

@@ -1,6 +1,7 @@
 //! A check of the objects of an image, and its report.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use rustix::fs::FileType;
 
@@ -182,6 +183,9 @@ pub struct ObjectFailure {
     /// [`ErofsMount::objects`](crate::ErofsMount::objects). With [`ObjectProblem::InvalidReference`], the
     /// path of the object is empty.
     pub object: ImageObject,
+    /// The object directory that has the object, or `None` if no directory has the object. Of several
+    /// directories with a regular file of this name, overlayfs uses the first one.
+    pub directory: Option<PathBuf>,
     /// The problem.
     pub problem: ObjectProblem,
 }
@@ -192,7 +196,11 @@ impl fmt::Display for ObjectFailure {
         if let ObjectProblem::InvalidReference = self.problem {
             return write!(f, "{}: the reference to the object is invalid", shown(path));
         }
-        write!(f, "{} needs {}: ", shown(path), shown(object))?;
+        let object = match &self.directory {
+            Some(directory) => directory.join(object),
+            None => object.clone(),
+        };
+        write!(f, "{} needs {}: ", shown(path), shown(&object))?;
         match &self.problem {
             ObjectProblem::NotRegularFile { found } => {
                 write!(f, "not a regular file, but a {found}")

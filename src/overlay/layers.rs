@@ -62,6 +62,11 @@ pub(crate) struct Layers {
 }
 
 impl Layers {
+    /// Returns the paths of the object directories, for messages.
+    pub fn object_paths(&self) -> Vec<PathBuf> {
+        self.objects.iter().map(Layer::path).collect()
+    }
+
     /// Returns whether a directory is on an overlayfs.
     pub fn are_on_overlay(&self) -> bool {
         let upper = self.upper.iter().map(|upper| &upper.upperdir);

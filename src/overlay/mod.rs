@@ -156,7 +156,8 @@ impl Overlay {
             Verity::Try => VerityNeed::IfAvailable,
             Verity::Off => VerityNeed::None,
         };
-        let report = Check { image, store: self.layers.store()?, check, verity }.run(events)?;
+        let (store, directories) = (self.layers.store()?, self.layers.object_paths());
+        let report = Check { image, store, directories, check, verity }.run(events)?;
         if report.failed > 0 {
             let (image, report) = (image.source().path().to_owned(), Box::new(report));
             return Err(OverlayError::ObjectsDamaged { image, report });
