@@ -157,8 +157,12 @@ impl fmt::Display for Event {
             Event::Idmapped { user_namespace } => {
                 write!(f, "image idmapped with {}", shown(user_namespace))
             }
-            Event::Checking(CheckProgress { done, total, .. }) => {
-                write!(f, "checking objects: {done} of {total} files and directories")
+            Event::Checking(CheckProgress { done, total, bytes, total_bytes, .. }) => {
+                write!(f, "checking objects: {done} of {total} files and directories")?;
+                match total_bytes {
+                    0 => Ok(()),
+                    _ => write!(f, ", {bytes} of {total_bytes} bytes"),
+                }
             }
             Event::ObjectsChecked(report) => report.fmt(f),
             Event::Verity(verity) => verity.fmt(f),

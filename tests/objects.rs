@@ -408,6 +408,32 @@ fn cancelled_check_ends_soon() {
     std::thread::scope(|scope| scope.spawn(on_one_cpu).join().unwrap());
 }
 
+#[test]
+fn progress_of_contents_reports_bytes() {
+    let Some(sandbox) = sandbox!() else { return };
+    // The object is hashed on all CPUs, after all names are counted.
+    let size = 400 << 20;
+    let (image, objects) = with_zeros(&sandbox, size, Digest::Sha256([0; 32]));
+    for kind in CHECKS {
+        let mut found = Vec::new();
+        let result = options(&objects, Some(kind)).mount_with_events(&image, &mut |event| {
+            if let Event::Checking(progress) = event {
+                found.push((progress.bytes, progress.total_bytes));
+            }
+            ControlFlow::Continue(())
+        });
+        assert_eq!(result.is_ok(), kind == ObjectCheck::All);
+        if kind == ObjectCheck::All {
+            assert!(found.iter().all(|progress| *progress == (0, 0)), "{found:?}");
+            continue;
+        }
+        assert!(found.is_sorted_by_key(|(bytes, _)| *bytes), "{found:?}");
+        assert!(found.iter().all(|(bytes, total)| bytes <= total && *total <= size), "{found:?}");
+        found.retain(|(bytes, total)| *total == size && (size / 4..size * 3 / 4).contains(bytes));
+        assert!(!found.is_empty());
+    }
+}
+
 /// Returns the error of a check of all objects of an image, with empty object directories.
 fn error_of(sandbox: &Sandbox, image: &ErofsImage) -> Error {
     let image = sandbox.file("hostile.cfs", &image.finish());

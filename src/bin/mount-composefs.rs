@@ -215,7 +215,13 @@ fn mount(arguments: &Arguments) -> Result<(), Failure> {
     let mut report = |event: Event| {
         match event {
             Event::Copying(progress) => bar.draw("copying", progress.done, progress.total),
-            Event::Checking(progress) => bar.draw("checking", progress.done, progress.total),
+            // Without contents, files are the work.
+            Event::Checking(progress) if progress.total_bytes == 0 => {
+                bar.draw("checking", progress.done, progress.total);
+            }
+            Event::Checking(progress) => {
+                bar.draw("checking", progress.bytes, progress.total_bytes);
+            }
             event => {
                 bar.clear();
                 say(&event);
@@ -289,13 +295,20 @@ struct Bar {
     wanted: bool,
     drawn: bool,
     next: Instant,
+    /// The largest drawn share, in thousandths. The bar does not go back if the estimate of a total rises.
+    thousandths: u64,
 }
 
 impl Bar {
     const WIDTH: u64 = 40;
 
     fn new(wanted: bool) -> Bar {
-        Bar { wanted, drawn: false, next: Instant::now() + Duration::from_millis(500) }
+        Bar {
+            wanted,
+            drawn: false,
+            next: Instant::now() + Duration::from_millis(500),
+            thousandths: 0,
+        }
     }
 
     fn draw(&mut self, work: &str, done: u64, total: u64) {
@@ -305,8 +318,9 @@ impl Bar {
         }
         self.next = now + Duration::from_millis(100);
         // A total may be an estimate.
-        let share =
-            |width: u64| (done as u128 * width as u128 / total.max(1) as u128).min(width.into());
+        let thousandths = (done as u128 * 1000 / total.max(1) as u128).min(1000) as u64;
+        self.thousandths = self.thousandths.max(thousandths);
+        let share = |width: u64| self.thousandths * width / 1000;
         let (bar, percent) = ("#".repeat(share(Bar::WIDTH) as usize), share(100));
         let width = Bar::WIDTH as usize;
         print_error(&format!("\r{work} [{bar:<width$}] {percent:3}%"));
@@ -319,6 +333,7 @@ impl Bar {
             print_error("\r\x1b[K");
             self.drawn = false;
         }
+        self.thousandths = 0;
     }
 }
 

@@ -9,7 +9,7 @@ use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -87,12 +87,14 @@ impl Check<'_> {
             next = now + TICK;
             let later = shared.large_left.load(Ordering::Relaxed);
             let done = shared.tree.names().saturating_sub(later);
-            match progress(CheckProgress { done, total }) {
+            let (bytes, total_bytes) = shared.bytes.of(shared.tree.names(), total);
+            match progress(CheckProgress { done, total, bytes, total_bytes }) {
                 ControlFlow::Continue(()) => Ok(()),
                 ControlFlow::Break(()) => Err(shared.cancelled()),
             }
         };
         shared.run_threads(&mut tick)?;
+        shared.bytes.all_found.store(true, Ordering::Relaxed);
         shared.hash_large(&mut tick)?;
         shared.into_report()
     }
@@ -152,6 +154,31 @@ enum Work {
     Wait,
 }
 
+/// The bytes of the objects whose content is checked.
+#[derive(Default)]
+struct Bytes {
+    found: AtomicU64,
+    done: AtomicU64,
+    /// All directories are read, so that `found` is the total.
+    all_found: AtomicBool,
+}
+
+impl Bytes {
+    /// Returns the bytes that are done, and the total or its estimate. `names` of about `inodes` names are
+    /// found.
+    ///
+    /// Large objects come last. Without an estimate by bytes, the progress would stand still at their names.
+    fn of(&self, names: u64, inodes: u64) -> (u64, u64) {
+        let done = self.done.load(Ordering::Relaxed);
+        let found = self.found.load(Ordering::Relaxed).max(done);
+        if self.all_found.load(Ordering::Relaxed) || names == 0 {
+            return (done, found);
+        }
+        let estimate = u128::from(found) * u128::from(inodes.max(names)) / u128::from(names);
+        (done, u64::try_from(estimate).unwrap_or(u64::MAX))
+    }
+}
+
 #[derive(Default)]
 struct Totals {
     files: u64,
@@ -177,6 +204,7 @@ struct Shared<'a> {
     large: Mutex<Vec<Job>>,
     /// The number of large objects that are not hashed yet.
     large_left: AtomicU64,
+    bytes: Bytes,
     totals: Mutex<Totals>,
 }
 
@@ -200,6 +228,7 @@ impl<'a> Shared<'a> {
             failures: Mutex::default(),
             large: Mutex::default(),
             large_left: AtomicU64::new(0),
+            bytes: Bytes::default(),
             totals: Mutex::default(),
         })
     }
@@ -337,11 +366,13 @@ impl<'a> Shared<'a> {
     /// Hashes the large objects one after the other, each on all CPUs.
     fn hash_large(&self, tick: Tick) -> Result<(), ObjectsError> {
         for job in std::mem::take(&mut *lock(&self.large)) {
+            let end = self.bytes.done.load(Ordering::Relaxed) + job.reference.size;
             match self.digest_of_large(&job.reference, tick)? {
                 Ok(Some(found)) => self.compare(job, found)?,
                 Ok(None) => {}
                 Err(problem) => self.fail(job, problem)?,
             }
+            self.bytes.done.store(end, Ordering::Relaxed);
             self.large_left.fetch_sub(1, Ordering::Relaxed);
         }
         Ok(())
@@ -366,11 +397,15 @@ impl<'a> Shared<'a> {
             Err(problem) => return Ok(Err(problem)),
         };
         let mut cancelled = None;
-        let mut progress = |_| match tick(self) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => {
-                cancelled = Some(error);
-                ControlFlow::Break(())
+        let start = self.bytes.done.load(Ordering::Relaxed);
+        let mut progress = |done: u64| {
+            self.bytes.done.store(start + done, Ordering::Relaxed);
+            match tick(self) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => {
+                    cancelled = Some(error);
+                    ControlFlow::Break(())
+                }
             }
         };
         let algorithm = digest.algorithm();
@@ -618,6 +653,7 @@ impl<'a> Worker<'a> {
             return Ok(());
         };
         let algorithm = expected.algorithm();
+        self.shared.bytes.found.fetch_add(size, Ordering::Relaxed);
         if size > LARGE {
             self.shared.large_left.fetch_add(1, Ordering::Relaxed);
             lock(&self.shared.large).push(job);
@@ -630,13 +666,19 @@ impl<'a> Worker<'a> {
         let Some(batch) = &mut self.batch else { return Ok(()) };
         if !is_small {
             let tree = MerkleTree::new(algorithm, size);
-            let found = hash_spans(tree, &file, batch.whole_buffer(), &mut || tick(self.shared));
+            let mut on_piece = |length| {
+                self.shared.bytes.done.fetch_add(length, Ordering::Relaxed);
+                tick(self.shared)
+            };
+            let found = hash_spans(tree, &file, batch.whole_buffer(), &mut on_piece);
             return match found? {
                 Ok(found) => self.shared.compare(job, found),
                 Err(problem) => self.shared.fail(job, problem),
             };
         }
-        match read_exactly(&file, batch.buffer(size), 0) {
+        let read = read_exactly(&file, batch.buffer(size), 0);
+        self.shared.bytes.done.fetch_add(size, Ordering::Relaxed);
+        match read {
             Ok(()) => batch.push(job, algorithm, size),
             Err(problem) => return self.shared.fail(job, problem),
         }
@@ -661,7 +703,7 @@ fn hash_spans(
     tree: MerkleTree,
     file: &OwnedFd,
     buffer: &mut [u8],
-    tick: &mut dyn FnMut() -> Result<(), ObjectsError>,
+    on_piece: &mut dyn FnMut(u64) -> Result<(), ObjectsError>,
 ) -> Result<Result<Digest, ObjectProblem>, ObjectsError> {
     let mut hashes = Vec::new();
     let mut number = 0;
@@ -676,7 +718,7 @@ fn hash_spans(
             }
             hasher.update(piece);
             offset += length as u64;
-            tick()?;
+            on_piece(length as u64)?;
         }
         hashes.push(hasher.finish());
         number += 1;

@@ -56,6 +56,11 @@ pub struct CheckProgress {
     /// The number of inodes in the superblock of the image, or 0 if the superblock has no number. Files with
     /// several names have one inode, so `done` can be larger.
     pub total: u64,
+    /// The number of bytes of objects that are read, with [`ObjectCheck::Content`].
+    pub bytes: u64,
+    /// The number of bytes to read, or 0 if contents are not checked. While directories are left to read, the
+    /// number is an estimate: the bytes that are found, divided by the share of inodes that are found.
+    pub total_bytes: u64,
 }
 
 /// The reason why an object fails a check.
