@@ -5,6 +5,7 @@ use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 use rustix::mount::mount_bind;
 use sealmount::{AttachedMount, ErrorKind, RemountError, RemountOptions};
@@ -390,6 +391,14 @@ fn failed_remount_leaves_flags() {
     mounted.rejects_with_status(2, "ro,nosuid", "cannot change the attributes of the mount");
     drop(file);
     fs::remove_file(other.join("open")).unwrap();
+    // A process that another test starts at this moment holds a copy of the descriptor until the process
+    // executes its program.
+    for _ in 0..500 {
+        match mounted.helper(&[], "remount,ro,nosuid").status.code() {
+            Some(2) => std::thread::sleep(Duration::from_millis(20)),
+            _ => break,
+        }
+    }
     mounted.remounts("ro,nosuid");
     assert_eq!(mounted.flags(), "ro,nosuid,relatime,ro");
     umount(&other);
