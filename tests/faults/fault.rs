@@ -22,7 +22,7 @@ pub struct Recorded {
     pub key: Option<String>,
     /// Whether the call is the command of fsconfig(2) that makes a superblock.
     pub is_create: bool,
-    /// Whether the call is the check of the permission: the first command of that kind.
+    /// Whether the call is the check of the permission: a command of that kind without any option.
     pub is_permission_check: bool,
     /// Whether the call is part of the trial of an overlay on the finished mount.
     pub is_trial: bool,
@@ -102,6 +102,10 @@ impl Recorded {
         };
         let is_attach = call.number == libc::SYS_move_mount
             && call.arguments[4] & libc::MOVE_MOUNT_T_EMPTY_PATH as u64 != 0;
+        let is_create =
+            call.number == libc::SYS_fsconfig && call.arguments[1] == FSCONFIG_CMD_CREATE;
+        let follows_fsopen =
+            previous.is_some_and(|previous| previous.call.number == libc::SYS_fsopen);
         Recorded {
             is_trial: had_overlay && !is_attach,
             is_overlay,
@@ -110,9 +114,8 @@ impl Recorded {
             nth: call.nth,
             length: call.arguments[2],
             key: (call.number == libc::SYS_fsconfig).then(|| call.text(2)).flatten(),
-            is_create: call.number == libc::SYS_fsconfig
-                && call.arguments[1] == FSCONFIG_CMD_CREATE,
-            is_permission_check: call.number == libc::SYS_fsconfig && call.nth == 0,
+            is_create,
+            is_permission_check: is_create && follows_fsopen,
             is_seal_query: call.number == libc::SYS_fcntl
                 && call.arguments[1] == libc::F_GET_SEALS as u64,
             is_one_of_many: false,
