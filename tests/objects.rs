@@ -16,7 +16,7 @@ use sealmount::{
     MountOptions, ObjectCheck, ObjectProblem, ObjectProblemKind, ObjectsError, OverlayError,
     OverlayOptions, Verity,
 };
-use test_support::erofs::SYMLINK;
+use test_support::erofs::{REGULAR, SYMLINK};
 use test_support::{
     ErofsImage, Fixture, Sandbox, V1, V2, mount_and_events, run, sandbox, user_namespace,
 };
@@ -332,6 +332,29 @@ fn object_of_any_size_keeps_its_digest() {
             problem => panic!("{size}: {problem:?}"),
         }
     }
+}
+
+/// Opening a device can have an effect. The driver of this device does not exist, so opening it would end the
+/// search for missing objects.
+#[test]
+fn device_with_entry_of_a_file_is_not_opened() {
+    let Some(sandbox) = sandbox!() else { return };
+    let mut image = ErofsImage::new();
+    let device = image.device(100);
+    image.link_as(0, "device", device, REGULAR);
+    let file = image.file(100, Some(b""), Some(b"/ab/cd"));
+    image.link(0, "file", file);
+    let image = sandbox.file("image.cfs", &image.finish());
+    let mut missing = Vec::new();
+    let options = options(&sandbox.directory("objects"), None);
+    let mounted = options.mount_with_events(image, &mut |event| {
+        if let Event::ObjectMissing { file, .. } = event {
+            missing.push(file);
+        }
+        ControlFlow::Continue(())
+    });
+    mounted.unwrap();
+    assert_eq!(missing, [Path::new("/file")]);
 }
 
 /// Without the capability, the kernel hides the xattrs of overlayfs.

@@ -277,33 +277,3 @@ pub(crate) fn without_object<'a>(
     }
     Ok(missing)
 }
-
-#[cfg(test)]
-mod tests {
-    use test_support::ErofsImage;
-    use test_support::erofs::REGULAR;
-
-    use super::*;
-    use crate::image::Image;
-
-    /// Opening a device can have an effect.
-    #[test]
-    fn device_with_entry_of_a_file_is_not_opened() {
-        if !crate::may_mount() {
-            return;
-        }
-        let mut image = ErofsImage::new();
-        let device = image.device(100);
-        image.link_as(0, "device", device, REGULAR);
-        let file = image.file(100, Some(b""), Some(b"/ab/cd"));
-        image.link(0, "file", file);
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("image.cfs");
-        std::fs::write(&path, image.finish()).unwrap();
-        let erofs = Image::open(path).unwrap().trust().unwrap().mount().unwrap();
-
-        let sampled = sample_files(&erofs).unwrap();
-        let objects: Vec<_> = sampled.iter().map(SampledFile::object).collect();
-        assert_eq!(objects, [Path::new("ab/cd")]);
-    }
-}
