@@ -349,15 +349,12 @@ pub(crate) fn of_open_file<E: From<Halted> + From<io::Error> + Send>(
     size: u64,
     progress: OnProgress,
 ) -> Result<Digest, E> {
-    let tree = MerkleTree::new(algorithm, size);
-    let reader = SpanReader { tree, threads: useful_threads(), hashes: true };
     let read = |piece: &mut [u8], offset| match read_at(file, piece, offset) {
         Ok(length) if length == piece.len() => Ok(None),
         Ok(_) => Err(io::Error::new(ErrorKind::UnexpectedEof, "the file shrank while it was read")),
         Err(errno) => Err(errno.into()),
     };
-    let hashes = reader.run(|piece, offset| read(piece, offset).map_err(E::from), progress)?;
-    Ok(tree.digest(hashes))
+    of_pieces(algorithm, size, |piece, offset| read(piece, offset).map_err(E::from), progress)
 }
 
 /// Computes the digest of a sealed memfd on all CPUs, without a copy of its bytes.
@@ -372,10 +369,20 @@ pub(crate) fn of_sealed_memfd<E: From<Halted> + From<io::Error> + Send>(
         // The memfd has a hole, or there is no room for the mapping.
         return of_open_file(algorithm, memfd, size, progress);
     };
+    let piece = |buffer: &mut [u8], offset| Ok(Some(&bytes[offset as usize..][..buffer.len()]));
+    of_pieces(algorithm, size, piece, progress)
+}
+
+/// Computes the digest of `size` bytes on all CPUs. `read` is the function of [`SpanReader::run`].
+fn of_pieces<'a, E: From<Halted> + Send>(
+    algorithm: Algorithm,
+    size: u64,
+    read: impl Fn(&mut [u8], u64) -> Result<Option<&'a [u8]>, E> + Sync,
+    progress: OnProgress,
+) -> Result<Digest, E> {
     let tree = MerkleTree::new(algorithm, size);
     let reader = SpanReader { tree, threads: useful_threads(), hashes: true };
-    let piece = |buffer: &mut [u8], offset| Ok(Some(&bytes[offset as usize..][..buffer.len()]));
-    Ok(tree.digest(reader.run::<E>(piece, progress)?))
+    Ok(tree.digest(reader.run(read, progress)?))
 }
 
 #[cfg(test)]
