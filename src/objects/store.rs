@@ -113,14 +113,7 @@ impl Directory<'_> {
 impl Found<'_> {
     /// Opens the object for reading.
     pub fn open(&self) -> Result<OwnedFd, ObjectProblem> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        let open = |flags| open_beneath(self.directory, self.object, flags);
-        let file = match open(flags | OFlags::NOATIME) {
-            // Only the owner, or a process with CAP_FOWNER, may leave the access time unchanged.
-            Err(Errno::PERM) => open(flags),
-            file => file,
-        };
-        let file = file.map_err(unreadable)?;
+        let file = open_to_read(self.directory, self.object).map_err(unreadable)?;
         // Another file may have taken the place of the object meanwhile.
         match regular_size(&file)? == self.size {
             true => Ok(file),
@@ -135,6 +128,17 @@ fn size_of(directory: BorrowedFd, object: &Path) -> Result<u64, ObjectProblem> {
         Err(Errno::NOENT | Errno::NOTDIR) => Err(ObjectProblem::Missing),
         Err(Errno::LOOP) => Err(ObjectProblem::not_regular(FileType::Symlink)),
         Err(errno) => Err(unreadable(errno)),
+    }
+}
+
+/// Opens a regular file for reading, by the same rules as [`open_beneath`]. Reads then leave its access time
+/// unchanged, if the process may do so.
+pub(crate) fn open_to_read(directory: BorrowedFd, path: &Path) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    match open_beneath(directory, path, flags | OFlags::NOATIME) {
+        // Only the owner, or a process with CAP_FOWNER, may leave the access time unchanged.
+        Err(Errno::PERM) => open_beneath(directory, path, flags),
+        file => file,
     }
 }
 

@@ -17,7 +17,7 @@ use crate::digest::measure::measure;
 use crate::digest::{Digest, VerityUnavailable};
 use crate::kernel::{KernelError, Operation};
 use crate::objects::ObjectProblem;
-use crate::objects::store::{Found, NotFound, Store, open_beneath};
+use crate::objects::store::{Found, NotFound, Store, open_beneath, open_to_read};
 use crate::objects::walk::read_reference;
 use crate::overlay::error::OverlayError;
 use crate::overlay::layers::Layers;
@@ -188,9 +188,8 @@ pub(crate) fn read_files(
 /// Opens a file through an overlay. Returns `None` if the upper layer hides or replaces the file, or if the
 /// process may not read it.
 fn open_through(mount: impl AsFd, path: &Path) -> Result<Option<OwnedFd>, Errno> {
-    let open = |flags| open_beneath(mount.as_fd(), path, flags);
     // A device or a FIFO is not opened. With O_PATH, overlayfs does not open the object either.
-    let file = match open(OFlags::PATH | OFlags::NOFOLLOW) {
+    let file = match open_beneath(mount.as_fd(), path, OFlags::PATH | OFlags::NOFOLLOW) {
         Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
         Err(errno) if is_denied(errno) => return Ok(None),
         file => file?,
@@ -198,13 +197,7 @@ fn open_through(mount: impl AsFd, path: &Path) -> Result<Option<OwnedFd>, Errno>
     if FileType::from_raw_mode(fstat(file)?.st_mode) != FileType::RegularFile {
         return Ok(None);
     }
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let opened = match open(flags | OFlags::NOATIME) {
-        // Only the owner, or a process with CAP_FOWNER, may leave the access time unchanged.
-        Err(Errno::PERM) => open(flags),
-        opened => opened,
-    };
-    match opened {
+    match open_to_read(mount.as_fd(), path) {
         Err(errno) if is_denied(errno) => Ok(None),
         opened => opened.map(Some),
     }
