@@ -54,10 +54,7 @@ impl MountOptions {
 
     /// Returns the verification of objects: [`OverlayOptions::verity`], or its default.
     pub fn effective_verity(&self) -> Verity {
-        self.overlay.verity.unwrap_or(match self.digest {
-            Some(_) => Verity::Require,
-            None => Verity::Off,
-        })
+        self.overlay.effective_verity(self.digest)
     }
 
     /// Returns the options of the copy, if a copy is requested.

@@ -179,10 +179,7 @@ impl Overlay {
 
     /// Returns the verification of objects for an image: the option, or its default.
     fn verity_of(&self, image: &ErofsMount) -> Verity {
-        self.options.verity.unwrap_or(match image.source().digest() {
-            Some(_) => Verity::Require,
-            None => Verity::Off,
-        })
+        self.options.effective_verity(image.source().digest())
     }
 
     /// Checks that the kernel can verify the objects: the file system of each directory and, with

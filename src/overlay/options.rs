@@ -4,6 +4,7 @@ use std::ffi::OsString;
 
 use rustix::mount::MountAttrFlags;
 
+use crate::digest::Digest;
 use crate::kernel::SELINUX_CONTEXTS;
 use crate::location::Location;
 use crate::objects::ObjectCheck;
@@ -50,6 +51,15 @@ impl OverlayOptions {
     /// Returns the default options with one object directory.
     pub fn new(objects: impl Into<Location>) -> OverlayOptions {
         OverlayOptions { objects: vec![objects.into()], ..OverlayOptions::default() }
+    }
+
+    /// Returns the verification of objects for an image with this digest: [`verity`](Self::verity), or its
+    /// default.
+    pub(crate) fn effective_verity(&self, digest: Option<Digest>) -> Verity {
+        self.verity.unwrap_or(match digest {
+            Some(_) => Verity::Require,
+            None => Verity::Off,
+        })
     }
 
     /// Returns the check of the objects: [`check`](Self::check), or its default.
