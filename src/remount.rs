@@ -234,26 +234,24 @@ impl AttachedMount {
     ) -> RemountError {
         let option = option.as_ref();
         let found = found.map(|value| option_text(option, Some(&value)));
-        let given = option_text(option, given.as_deref());
-        RemountError::Change { path: self.path.clone(), option: option.to_owned(), found, given }
+        self.rejects(option, found, option_text(option, given.as_deref()))
     }
 
     /// Rejects an option that the kernel shows with another value or not at all.
     fn other_value(&self, option: impl AsRef<OsStr>, given: Option<&OsStr>) -> RemountError {
         let shown = self.line.superblock.iter().find(|(name, _)| name == option.as_ref());
         let found = shown.map(|(name, value)| option_text(name, value.as_deref()));
-        let option = option.as_ref().to_owned();
-        let given = option_text(&option, given);
-        RemountError::Change { path: self.path.clone(), option, found, given }
+        let option = option.as_ref();
+        self.rejects(option, found, option_text(option, given))
     }
 
     fn has_instead(&self, found: &str, given: &str) -> RemountError {
-        RemountError::Change {
-            path: self.path.clone(),
-            option: given.into(),
-            found: Some(found.into()),
-            given: given.into(),
-        }
+        self.rejects(given.as_ref(), Some(found.into()), given.into())
+    }
+
+    /// Rejects an option, given as the text `given`. The mount has `found` in its place.
+    fn rejects(&self, option: &OsStr, found: Option<OsString>, given: OsString) -> RemountError {
+        RemountError::Change { path: self.path.clone(), option: option.to_owned(), found, given }
     }
 
     fn lacks(&self, option: &str) -> RemountError {
