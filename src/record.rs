@@ -15,8 +15,8 @@ use rustix::fs::{
     mkdirat, openat, renameat, statfs, statx, unlinkat,
 };
 use rustix::io::{Errno, retry_on_intr};
+use sealmount_sys::TMPFS_MAGIC;
 
-use crate::image::TMPFS_MAGIC;
 use crate::kernel::procfs::Procfs;
 use crate::kernel::{ErrorKind, Hint, KernelError, Operation};
 use crate::location::{Location, is_same_file};

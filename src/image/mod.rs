@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{
-    CWD, FileType, FsWord, Mode, OFlags, RawMode, SealFlags, fcntl_get_seals, fstat, fstatfs,
-    openat,
+    CWD, FileType, Mode, OFlags, RawMode, SealFlags, fcntl_get_seals, fstat, fstatfs, openat,
 };
+use sealmount_sys::TMPFS_MAGIC;
 
 use crate::digest::VerityStatus;
 use crate::digest::measure::measure;
@@ -310,9 +310,6 @@ impl AsFd for Image {
         self.file.as_fd()
     }
 }
-
-/// The magic number of tmpfs, of statfs(2).
-pub(crate) const TMPFS_MAGIC: FsWord = 0x0102_1994;
 
 /// Returns whether a file is a memfd that no process can change. Only files in memory have seals. For any
 /// other file, the kernel fails with EINVAL.

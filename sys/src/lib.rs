@@ -33,7 +33,7 @@ pub use namespace::{
     enter_mount_namespace, is_user_namespace, owner_of_namespace, unshare_mount_namespace,
     unshare_user_namespace, unshare_working_directory,
 };
-pub use sealed_mapping::SealedMapping;
+pub use sealed_mapping::{SealedMapping, TMPFS_MAGIC};
 pub use statmount::statmount_exists;
 pub use swap::{swap_off, swap_on};
 pub use sysinfo::{SystemMemory, file_size_limit, memory};

@@ -11,7 +11,7 @@ use rustix::io::{Errno, Result};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// The magic number of tmpfs, of statfs(2).
-const TMPFS_MAGIC: FsWord = 0x0102_1994;
+pub const TMPFS_MAGIC: FsWord = 0x0102_1994;
 
 /// The bytes of a sealed memfd ([mmap(2)](https://man7.org/linux/man-pages/man2/mmap.2.html)).
 #[derive(Debug)]
