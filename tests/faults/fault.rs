@@ -22,12 +22,12 @@ pub struct Recorded {
     pub key: Option<String>,
     /// Whether the call is the command of fsconfig(2) that makes a superblock.
     pub is_create: bool,
-    /// Whether the call is the check of the permission: a command of that kind without any option.
+    /// Whether the call is the check of the permission: a superblock of EROFS without any option.
     pub is_permission_check: bool,
     /// Whether the call is part of the trial of an overlay on the finished mount.
     pub is_trial: bool,
-    /// Whether an overlay is being made, and whether an overlay was made.
-    is_overlay: bool,
+    /// The file system of the last fsopen(2), and whether an overlay was made.
+    fs_type: Option<String>,
     has_overlay: bool,
     /// Whether the call is `fcntl(F_GET_SEALS)` on the image.
     pub is_seal_query: bool,
@@ -96,10 +96,11 @@ impl Recorded {
         let is_argument = || call.text(1).is_some_and(|path| arguments.contains(&path));
         let was_start = previous.is_none_or(|previous| previous.is_start);
         let had_overlay = previous.is_some_and(|previous| previous.has_overlay);
-        let is_overlay = match call.number {
-            libc::SYS_fsopen => call.text(0).as_deref() == Some("overlay"),
-            _ => previous.is_some_and(|previous| previous.is_overlay),
+        let fs_type = match call.number {
+            libc::SYS_fsopen => call.text(0),
+            _ => previous.and_then(|previous| previous.fs_type.clone()),
         };
+        let is_of = |expected| fs_type.as_deref() == Some(expected);
         let is_attach = call.number == libc::SYS_move_mount
             && call.arguments[4] & libc::MOVE_MOUNT_T_EMPTY_PATH as u64 != 0;
         let is_create =
@@ -108,14 +109,14 @@ impl Recorded {
             previous.is_some_and(|previous| previous.call.number == libc::SYS_fsopen);
         Recorded {
             is_trial: had_overlay && !is_attach,
-            is_overlay,
-            has_overlay: had_overlay || is_overlay && call.number == libc::SYS_fsmount,
+            has_overlay: had_overlay || is_of("overlay") && call.number == libc::SYS_fsmount,
             call: SystemCall::of(call.number),
             nth: call.nth,
             length: call.arguments[2],
             key: (call.number == libc::SYS_fsconfig).then(|| call.text(2)).flatten(),
             is_create,
-            is_permission_check: is_create && follows_fsopen,
+            is_permission_check: is_create && follows_fsopen && is_of("erofs"),
+            fs_type,
             is_seal_query: call.number == libc::SYS_fcntl
                 && call.arguments[1] == libc::F_GET_SEALS as u64,
             is_one_of_many: false,
