@@ -41,6 +41,8 @@ pub struct Programs {
     pub helper: Program,
     /// The helper of `cargo build`, which is not static.
     pub dynamic_helper: Program,
+    /// `SEALMOUNT_BENCH_MUSL`: the static helper with musl.
+    pub musl_helper: Option<Program>,
     /// `SEALMOUNT_BENCH_MOUNT_COMPOSEFS`, or in `PATH`: mount.composefs of composefs.
     pub composefs: Option<Program>,
     /// `SEALMOUNT_BENCH_COMPOSEFS_RS`, or in `PATH`: mount.composefs of composefs-rs.
@@ -77,6 +79,7 @@ impl Programs {
         Programs {
             helper: Program(vec![static_helper().into()]),
             dynamic_helper: Program(vec![env!("CARGO_BIN_EXE_mount-composefs").into()]),
+            musl_helper: Program::from_environment("SEALMOUNT_BENCH_MUSL"),
             composefs: Program::from_environment("SEALMOUNT_BENCH_MOUNT_COMPOSEFS")
                 .or_else(|| in_path("mount.composefs", "[-t type] [-o opt")),
             composefs_rs: Program::from_environment("SEALMOUNT_BENCH_COMPOSEFS_RS")

@@ -16,6 +16,7 @@ use crate::timing::{Case, alternate, whole_process};
 
 pub const PLAIN: &str = "plain mount";
 pub const PLAIN_DYNAMIC: &str = "plain mount, not static";
+pub const PLAIN_MUSL: &str = "plain mount, static with musl";
 pub const PLAIN_COLD: &str = "plain mount, not in the page cache";
 pub const PLAIN_COMPOSEFS: &str = "composefs: mount.composefs";
 pub const PLAIN_COMPOSEFS_RS: &str = "composefs-rs: mount.composefs";
@@ -35,9 +36,10 @@ pub const MEMFD_XZ: &str = "copy=memfd,digest= of image.cfs.xz";
 pub const RAMFS_XZ: &str = "copy=ramfs,digest= of image.cfs.xz";
 pub const XZ_PROGRAM: &str = "xz -d to a tmpfs";
 
-const ALL: [&str; 20] = [
+const ALL: [&str; 21] = [
     PLAIN,
     PLAIN_DYNAMIC,
+    PLAIN_MUSL,
     PLAIN_COLD,
     PLAIN_COMPOSEFS,
     PLAIN_COMPOSEFS_RS,
@@ -122,6 +124,7 @@ fn plain<'a>(bench: &'a Bench, image: &'a Image, report: &mut Report) -> Vec<Cas
     [
         (PLAIN, Some(&programs.helper)),
         (PLAIN_DYNAMIC, Some(&programs.dynamic_helper)),
+        (PLAIN_MUSL, programs.musl_helper.as_ref()),
         (PLAIN_COMPOSEFS, programs.composefs.as_ref()),
         (PLAIN_COMPOSEFS_RS, programs.composefs_rs.as_ref()),
     ]
