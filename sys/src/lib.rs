@@ -3,7 +3,7 @@
 //! - loop devices, fs-verity, `mount_setattr`, `statmount`, namespaces of a single thread
 //! - `AT_SECURE`, `sysinfo`, a resource limit, the current CPU
 //! - a mapping of a sealed memfd
-//! - swap areas, for the tests of sealmount
+//! - swap areas, and ptrace on aarch64, for the tests of sealmount
 //! - SHA-256 and SHA-512 of several blocks at a time
 //!
 //! Each function except the hashes and the mapping makes one system call. The function is safe to call with
@@ -19,6 +19,8 @@ pub mod fsverity;
 pub mod loop_device;
 mod mount_setattr;
 mod namespace;
+#[cfg(target_arch = "aarch64")]
+mod ptrace;
 mod sealed_mapping;
 pub mod sha256;
 pub mod sha512;
@@ -33,6 +35,8 @@ pub use namespace::{
     enter_mount_namespace, is_user_namespace, owner_of_namespace, unshare_mount_namespace,
     unshare_user_namespace, unshare_working_directory,
 };
+#[cfg(target_arch = "aarch64")]
+pub use ptrace::set_traced_call;
 pub use sealed_mapping::{SealedMapping, TMPFS_MAGIC};
 pub use statmount::statmount_exists;
 pub use swap::{swap_off, swap_on};
