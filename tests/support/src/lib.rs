@@ -10,6 +10,8 @@ pub mod mountinfo;
 #[cfg(feature = "sandbox")]
 pub mod outcome;
 pub mod programs;
+#[cfg(feature = "tracer")]
+mod registers;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
 #[cfg(feature = "sandboxing")]

@@ -11,16 +11,18 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::libc::{self, user_regs_struct as Registers};
+use nix::libc::{self, c_long};
 use nix::sys::ptrace::{self, Event, Options};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use super::registers::Registers;
+
 /// A system call before the kernel executes the call.
 pub struct Call {
     thread: Pid,
-    pub number: i64,
+    pub number: c_long,
     pub arguments: [u64; 6],
     /// The number of earlier calls of the same number, in all threads.
     pub nth: usize,
@@ -94,8 +96,7 @@ pub enum End {
 enum AtExit {
     Nothing,
     Return(i64),
-    RestoreLength(u64),
-    RestoreBreak(u64),
+    Restore { argument: usize, value: u64 },
 }
 
 /// Runs a program until the program and all its threads and children have ended. Returns the output on
@@ -155,7 +156,7 @@ struct Tracer {
     threads: HashMap<Pid, Option<AtExit>>,
     /// Whether the tracer sees calls: from the execution of the program until the last decision.
     is_tracing: bool,
-    counts: HashMap<i64, usize>,
+    counts: HashMap<c_long, usize>,
 }
 
 impl Tracer {
@@ -230,41 +231,30 @@ impl Tracer {
         thread: Pid,
         decide: &mut dyn FnMut(&Call) -> Decision,
     ) -> nix::Result<()> {
-        let mut registers = ptrace::getregs(thread)?;
+        let mut registers = Registers::read(thread)?;
         let state = self.threads.entry(thread).or_insert(None);
         match state.take() {
             None => {
-                let call = call(thread, &registers, &mut self.counts);
+                let count = self.counts.entry(registers.number()).or_default();
+                let call = Call {
+                    thread,
+                    number: registers.number(),
+                    arguments: registers.arguments(),
+                    nth: *count,
+                };
+                *count += 1;
                 let Decision { action, is_last } = decide(&call);
                 self.is_tracing = !is_last;
                 *state = Some(enter(&call, &mut registers, action, self.leader)?);
             }
             Some(AtExit::Nothing) => {}
-            Some(AtExit::Return(value)) => {
-                registers.rax = value as u64;
-                ptrace::setregs(thread, registers)?;
-            }
-            Some(AtExit::RestoreBreak(wanted)) => {
-                registers.rdi = wanted;
-                ptrace::setregs(thread, registers)?;
-            }
-            Some(AtExit::RestoreLength(length)) => {
-                registers.rdx = length;
-                ptrace::setregs(thread, registers)?;
+            Some(AtExit::Return(value)) => registers.set_result(value)?,
+            Some(AtExit::Restore { argument, value }) => {
+                registers.restore_argument(argument, value)?;
             }
         }
         Ok(())
     }
-}
-
-fn call(thread: Pid, registers: &Registers, counts: &mut HashMap<i64, usize>) -> Call {
-    let Registers { orig_rax, rdi, rsi, rdx, r10, r8, r9, .. } = *registers;
-    let number = orig_rax as i64;
-    let count = counts.entry(number).or_default();
-    let arguments = [rdi, rsi, rdx, r10, r8, r9];
-    let call = Call { thread, number, arguments, nth: *count };
-    *count += 1;
-    call
 }
 
 fn enter(
@@ -273,37 +263,29 @@ fn enter(
     action: Action,
     process: Pid,
 ) -> nix::Result<AtExit> {
-    // No system call has this number, so the kernel executes no call.
-    let mut skip = || {
-        registers.orig_rax = u64::MAX;
-        ptrace::setregs(call.thread, *registers)
+    let mut change_argument = |argument: usize, value| {
+        registers.set_argument(argument, value)?;
+        Ok(AtExit::Restore { argument, value: call.arguments[argument] })
     };
     match action {
         Action::Proceed => Ok(AtExit::Nothing),
         // brk(2) has no errors. With the address 0, the call changes nothing and returns the current
         // break.
-        Action::Fail(_) if call.number == libc::SYS_brk => {
-            let wanted = registers.rdi;
-            registers.rdi = 0;
-            ptrace::setregs(call.thread, *registers)?;
-            Ok(AtExit::RestoreBreak(wanted))
+        Action::Fail(_) if call.number == libc::SYS_brk => change_argument(0, 0),
+        Action::Fail(errno) => {
+            registers.skip()?;
+            Ok(AtExit::Return(-(errno as i64)))
         }
-        Action::Fail(errno) => skip().map(|()| AtExit::Return(-(errno as i64))),
         Action::Rewrite(argument, bytes) => {
             write(call, argument, &bytes)?;
             Ok(AtExit::Nothing)
         }
         Action::Answer(argument, bytes) => {
-            skip()?;
+            registers.skip()?;
             write(call, argument, &bytes)?;
             Ok(AtExit::Return(0))
         }
-        Action::Shorten(length) => {
-            let whole = registers.rdx;
-            registers.rdx = length.min(whole);
-            ptrace::setregs(call.thread, *registers)?;
-            Ok(AtExit::RestoreLength(whole))
-        }
+        Action::Shorten(length) => change_argument(2, length.min(call.arguments[2])),
         Action::Signal(signal) => {
             kill(process, signal)?;
             Ok(AtExit::Nothing)

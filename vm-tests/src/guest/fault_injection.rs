@@ -59,7 +59,7 @@ static INJECTED: Machine =
 const TIME_LIMIT: Duration = Duration::from_secs(300);
 
 /// The system calls that verity, the digest, the seals and the mount depend on.
-const DECISIVE: [i64; 11] = [
+const DECISIVE: [libc::c_long; 11] = [
     libc::SYS_fcntl,
     libc::SYS_fsconfig,
     libc::SYS_fsmount,
