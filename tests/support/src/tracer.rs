@@ -299,3 +299,113 @@ fn write(call: &Call, argument: usize, bytes: &[u8]) -> nix::Result<()> {
     let memory = File::options().write(true).open(memory).map_err(|_| Errno::ESRCH)?;
     memory.write_all_at(bytes, call.arguments[argument]).map_err(|_| Errno::ESRCH)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trace(program: &[&str], decide: &mut dyn FnMut(&Call) -> Action) -> (End, String) {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", r#"kill -STOP $$; exec "$@""#, "sh"]).args(program);
+        run(command, Duration::from_secs(60), &mut |call| decide(call).into())
+    }
+
+    fn opens(call: &Call, path: &str) -> bool {
+        call.number == libc::SYS_openat && call.text(1).as_deref() == Some(path)
+    }
+
+    #[test]
+    fn failed_call_returns_errno() {
+        let path = "/proc/self/comm";
+        let (end, text) = trace(&["cat", path], &mut |call| match opens(call, path) {
+            true => Action::Fail(Errno::ELOOP),
+            false => Action::Proceed,
+        });
+        assert_eq!(end, End::Exited(1), "{text}");
+        assert!(text.contains("Too many levels of symbolic links"), "{text}");
+    }
+
+    /// The second `true` keeps the shell from executing uname(1) in its own process.
+    #[test]
+    fn answered_call_of_child_returns_bytes() {
+        let mut name = [0; 6 * 65];
+        name[4 * 65..][..8].copy_from_slice(b"answered");
+        let program = ["sh", "-c", "uname -m >&2; true"];
+        let (end, text) = trace(&program, &mut |call| match call.number {
+            libc::SYS_uname => Action::Answer(0, name.to_vec()),
+            _ => Action::Proceed,
+        });
+        assert_eq!((end, text.as_str()), (End::Exited(0), "answered\n"));
+    }
+
+    #[test]
+    fn rewritten_path_is_opened() {
+        let path = "/proc/self/absent";
+        let program = ["sh", "-c", &format!("exec cat {path} >&2")];
+        let (end, text) = trace(&program, &mut |call| match opens(call, path) {
+            true => Action::Rewrite(1, b"/proc/self/comm\0".to_vec()),
+            false => Action::Proceed,
+        });
+        assert_eq!((end, text.as_str()), (End::Exited(0), "cat\n"));
+    }
+
+    #[test]
+    fn shortened_read_transfers_less() {
+        let program = ["dd", "if=/dev/zero", "of=/dev/null", "bs=1000", "count=3"];
+        let mut reads = 0;
+        let (end, text) = trace(&program, &mut |call| {
+            let is_data = call.number == libc::SYS_read && call.arguments[2] == 1000;
+            reads += usize::from(is_data);
+            match is_data && reads == 2 {
+                true => Action::Shorten(7),
+                false => Action::Proceed,
+            }
+        });
+        assert_eq!(end, End::Exited(0), "{text}");
+        assert!(text.contains("2+1 records in") && text.contains("2007 bytes"), "{text}");
+    }
+
+    #[test]
+    fn failed_brk_leaves_the_break() {
+        let mut attempts = 0;
+        let (end, text) = trace(&["sort", "/proc/self/comm"], &mut |call| match call.number {
+            libc::SYS_brk => {
+                attempts += 1;
+                Action::Fail(Errno::ENOMEM)
+            }
+            _ => Action::Proceed,
+        });
+        assert_eq!((end, text.as_str()), (End::Exited(0), ""));
+        assert!(attempts > 1, "{attempts} attempts");
+    }
+
+    #[test]
+    fn signal_ends_program_before_call() {
+        let path = "/proc/self/comm";
+        let (end, text) = trace(&["cat", path], &mut |call| match opens(call, path) {
+            true => Action::Signal(Signal::SIGKILL),
+            false => Action::Proceed,
+        });
+        assert_eq!((end, text.as_str()), (End::Killed(Signal::SIGKILL), ""));
+    }
+
+    #[test]
+    fn last_decision_ends_tracing() {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "kill -STOP $$; exec cat /proc/self/comm >&2"]);
+        let mut calls = 0;
+        let (end, text) = run(command, Duration::from_secs(60), &mut |_| {
+            calls += 1;
+            Decision { action: Action::Proceed, is_last: true }
+        });
+        assert_eq!((end, text.as_str(), calls), (End::Exited(0), "cat\n", 1));
+    }
+
+    #[test]
+    fn program_is_killed_at_time_limit() {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "kill -STOP $$; exec sleep 60"]);
+        let (end, _) = run(command, Duration::from_millis(200), &mut |_| Action::Proceed.into());
+        assert_eq!(end, End::Hung);
+    }
+}
