@@ -23,7 +23,7 @@ pub const KNOWN: [Errno; 11] =
 
 impl SystemCall {
     pub fn of(number: i64) -> &'static SystemCall {
-        let found = CALLS.iter().find(|call| call.number == number);
+        let found = CALLS.iter().chain(OF_ARCHITECTURE).find(|call| call.number == number);
         found.unwrap_or_else(|| panic!("system call {number} is missing in tests/faults/calls.rs"))
     }
 
@@ -117,23 +117,42 @@ const fn call(
 /// Linux 6.8. The crate libc lacks the number.
 const STATMOUNT: i64 = 457;
 
+/// The crate libc lacks the number on aarch64.
+#[cfg(target_arch = "aarch64")]
+const RENAMEAT: i64 = 38;
+#[cfg(target_arch = "x86_64")]
+const RENAMEAT: i64 = libc::SYS_renameat;
+
 /// The errnos of a path lookup.
 const PATH: &[Errno] = &[EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EBADF, EOVERFLOW];
 
+/// The errnos of access(2) and faccessat(2).
+const ACCESS: &[Errno] = &[EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EBADF, EROFS, ETXTBSY];
+
 /// The errnos of mmap(2) and munmap(2), which share a manual page.
 const MAP: &[Errno] = &[EBADF, EEXIST, ENOEXEC, EOVERFLOW, ETXTBSY];
+
+/// The calls that only x86_64 has.
+#[cfg(target_arch = "x86_64")]
+const OF_ARCHITECTURE: &[SystemCall] = &[
+    call("access", libc::SYS_access, &[], ACCESS),
+    call("arch_prctl", libc::SYS_arch_prctl, &[], &[EFAULT]),
+    call("poll", libc::SYS_poll, &[], &[EFAULT]),
+    call("readlink", libc::SYS_readlink, &[ENOENT], PATH),
+];
+
+/// The calls by which the C library replaces calls that aarch64 lacks.
+#[cfg(target_arch = "aarch64")]
+const OF_ARCHITECTURE: &[SystemCall] = &[
+    call("faccessat", libc::SYS_faccessat, &[], ACCESS),
+    call("ppoll", libc::SYS_ppoll, &[], &[EFAULT]),
+    call("readlinkat", libc::SYS_readlinkat, &[ENOENT], PATH),
+];
 
 /// The errnos are from the manual pages of man-pages 6.03. If several calls share a page, each call has
 /// all errnos of the page. fsconfig(2), its relatives and ioctls have no page there, so their errnos
 /// are from the sources of Linux 6.18.
 const CALLS: &[SystemCall] = &[
-    call(
-        "access",
-        libc::SYS_access,
-        &[],
-        &[EFAULT, ENAMETOOLONG, ENOENT, ENOTDIR, EBADF, EROFS, ETXTBSY],
-    ),
-    call("arch_prctl", libc::SYS_arch_prctl, &[], &[EFAULT]),
     call("brk", libc::SYS_brk, &[], &[]),
     call("clock_nanosleep", libc::SYS_clock_nanosleep, &[], &[EFAULT, EOPNOTSUPP]),
     call("clone3", libc::SYS_clone3, &[EAGAIN, ENOSYS], &[EEXIST, EUSERS, EOPNOTSUPP, ENOSPC]),
@@ -243,7 +262,6 @@ const CALLS: &[SystemCall] = &[
         &[EACCES, EIO, ELOOP, ENOENT, ENOTDIR, EPERM, EXDEV],
         &[E2BIG, EBADF, EFAULT, EISDIR, ENAMETOOLONG, EOPNOTSUPP, EOVERFLOW, ENXIO],
     ),
-    call("poll", libc::SYS_poll, &[], &[EFAULT]),
     call("pread64", libc::SYS_pread64, &[EIO], &[EBADF, EFAULT, EISDIR, EOVERFLOW, ESPIPE]),
     call("prlimit64", libc::SYS_prlimit64, &[], &[EFAULT, ESRCH]),
     call(
@@ -253,10 +271,9 @@ const CALLS: &[SystemCall] = &[
         &[EBADF, EDESTADDRREQ, EDQUOT, EFAULT, EFBIG, EOVERFLOW, EPIPE, ESPIPE],
     ),
     call("read", libc::SYS_read, &[EIO, ENODATA], &[EBADF, EFAULT, EISDIR]),
-    call("readlink", libc::SYS_readlink, &[ENOENT], PATH),
     call(
         "renameat",
-        libc::SYS_renameat,
+        RENAMEAT,
         &[],
         &[
             EDQUOT,

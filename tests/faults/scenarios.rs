@@ -479,7 +479,8 @@ fn without_procfs(call: &Call) -> Action {
         return Action::Fail(Errno::ENODEV);
     }
     let path = match call.number {
-        libc::SYS_openat | libc::SYS_statx => call.text(1),
+        libc::SYS_openat | libc::SYS_statx | libc::SYS_readlinkat => call.text(1),
+        #[cfg(target_arch = "x86_64")]
         libc::SYS_readlink => call.text(0),
         _ => None,
     };
