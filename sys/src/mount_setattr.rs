@@ -20,7 +20,7 @@ fn mount_setattr(dirfd: c_int, path: &CStr, flags: c_uint, attr: &mount_attr) ->
     // and size_of::<mount_attr>() bytes of the attributes, and writes nothing.
     let result = unsafe {
         syscall(
-            c_long::from(__NR_mount_setattr),
+            __NR_mount_setattr as c_long,
             dirfd,
             path.as_ptr() as *const c_char,
             flags,

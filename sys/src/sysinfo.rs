@@ -59,9 +59,8 @@ pub fn file_size_limit() -> io::Result<Option<u64>> {
     let nothing = std::ptr::null::<rlimit64>();
     // SAFETY: the arguments have the types of prlimit(2): the calling process, no new limit to read, and
     // room for the old limit.
-    let result = unsafe {
-        syscall(c_long::from(__NR_prlimit64), 0 as c_int, RLIMIT_FSIZE, nothing, &mut limit)
-    };
+    let result =
+        unsafe { syscall(__NR_prlimit64 as c_long, 0 as c_int, RLIMIT_FSIZE, nothing, &mut limit) };
     if result != 0 {
         let error = std::io::Error::last_os_error();
         return Err(io::Errno::from_io_error(&error).unwrap_or(io::Errno::INVAL));
