@@ -1,6 +1,8 @@
 //! Missing permissions: the message names the missing permission, and the helper exits with the
 //! documented status. No mount, loop device or memory is left. A caller without a permission cannot
 //! bypass the check.
+// test_support::sandboxing supports little-endian architectures only.
+#![cfg(target_endian = "little")]
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;

@@ -14,7 +14,8 @@ pub mod programs;
 mod registers;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
-#[cfg(feature = "sandboxing")]
+// seccompiler supports little-endian architectures only.
+#[cfg(all(feature = "sandboxing", target_endian = "little"))]
 pub mod sandboxing;
 #[cfg(feature = "tracer")]
 pub mod tracer;

@@ -2,6 +2,7 @@
 //! containers and the security modules of the kernel.
 
 use std::collections::BTreeMap;
+use std::ffi::c_long;
 
 use landlock::{AccessFs, Ruleset, RulesetAttr, RulesetStatus};
 use rustix::io::Errno;
@@ -11,7 +12,7 @@ use seccompiler::{
 };
 
 /// The number of a system call.
-pub type SystemCall = i64;
+pub type SystemCall = c_long;
 
 /// Makes these system calls fail with an errno.
 pub fn deny(system_calls: &[SystemCall], errno: Errno) {
@@ -28,6 +29,8 @@ pub fn deny_argument(system_call: SystemCall, argument: u8, value: u32, errno: E
 }
 
 fn filter(rules: BTreeMap<SystemCall, Vec<SeccompRule>>, errno: Errno) {
+    #[allow(clippy::unnecessary_cast)] // c_long has 32 bits on 32-bit architectures.
+    let rules = rules.into_iter().map(|(number, rules)| (number as i64, rules)).collect();
     let answer = SeccompAction::Errno(errno.raw_os_error() as u32);
     let architecture = std::env::consts::ARCH.try_into().unwrap();
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, answer, architecture).unwrap();
