@@ -1,7 +1,7 @@
 //! Kernel interfaces that [sealmount] needs and [rustix] lacks:
 //!
 //! - loop devices, fs-verity, `mount_setattr`, `statmount`, namespaces of a single thread
-//! - `AT_SECURE`, `sysinfo`, a resource limit, the current CPU
+//! - `AT_SECURE`, the page size, `sysinfo`, a resource limit, the current CPU
 //! - a mapping of a sealed memfd
 //! - swap areas, and ptrace on aarch64, for the tests of sealmount
 //! - SHA-256 and SHA-512 of several blocks at a time
@@ -28,7 +28,7 @@ mod statmount;
 mod swap;
 mod sysinfo;
 
-pub use auxv::is_secure_execution;
+pub use auxv::{is_secure_execution, page_size};
 pub use cpu::current_cpu;
 pub use mount_setattr::{mount_setattr_flags, mount_setattr_idmap, mount_setattr_private};
 pub use namespace::{
