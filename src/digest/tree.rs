@@ -227,6 +227,23 @@ mod tests {
         );
     }
 
+    /// The digests are the output of `fsverity digest`. They hold on every architecture, also where sha2
+    /// alone hashes.
+    #[test]
+    fn file_of_many_blocks_returns_known_digest() {
+        let content: Vec<u8> = (0..11 * 4096 + 100).map(|n| (n * 7 + n / 251) as u8).collect();
+        for (algorithm, expected) in [
+            (Algorithm::Sha256, "5b501d957057dcdde144a96d68ef3e00c314da85fe0d24487a7a287c4fd9af11"),
+            (
+                Algorithm::Sha512,
+                "85e36bea93af46363bb5965f7a9aec40baff3ade366849703e538f0dd64440c6\
+                 65fd5c4a816be8eb2c253da769273e3e4d4ceaac4b1000a0fd89c9027d6e65a9",
+            ),
+        ] {
+            assert_eq!(Digest::of_bytes(algorithm, &content).to_string(), expected);
+        }
+    }
+
     proptest! {
         #[test]
         fn spans_in_any_order_and_pieces_keep_the_digest(

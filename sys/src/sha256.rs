@@ -158,10 +158,14 @@ mod tests {
             one.iter_mut().zip(0u32..).for_each(|(byte, n)| *byte ^= (n / 256) as u8);
             other.iter_mut().zip(0u32..).for_each(|(byte, n)| *byte ^= (n / 256) as u8);
             let blocks = [one, other];
-            let Some(hashes) = hash_two_blocks(&blocks) else { return Ok(()) };
             let expected: [[u8; 32]; 2] =
                 blocks.map(|block| sha2::Sha256::digest(block).into());
-            prop_assert_eq!(hashes, expected);
+            let found = hash_two_blocks(&blocks);
+            // Without the instructions, the caller hashes the blocks one by one.
+            prop_assert_eq!(found.unwrap_or(expected), expected);
+            if cfg!(not(target_arch = "x86_64")) {
+                prop_assert_eq!(found, None);
+            }
         }
     }
 }
