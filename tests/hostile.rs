@@ -273,7 +273,7 @@ fn huge_sparse_file_is_not_read_whole() {
     let mut options = V1.copy_options();
     options.size = Some(SizeLimit::Bytes(1 << 20));
     options.mount(&padded).unwrap();
-    options.size = Some(SizeLimit::Bytes((1 << 20) - 4096));
+    options.size = Some(SizeLimit::Bytes((1 << 20) - sealmount_sys::page_size() as u64));
     let error = options.mount(&padded).unwrap_err();
     let Error::Source(SourceError::LimitExceeded { size, compression: Some(_), .. }) = &error
     else {

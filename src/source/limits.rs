@@ -10,9 +10,7 @@ use crate::kernel::{KernelError, Operation};
 use crate::source::cgroup::{LimitedCgroup, tightest_cgroup};
 use crate::source::error::SourceError;
 use crate::source::options::SizeLimit;
-
-/// The size of a page, in bytes.
-const PAGE_SIZE: u64 = 4096;
+use crate::util::pages::whole_pages;
 
 /// The memory that a copy needs.
 #[derive(Clone, Copy, Debug)]
@@ -47,7 +45,8 @@ pub(crate) fn check_limit(
     procfs: Option<&Procfs>,
 ) -> Result<u64, SourceError> {
     let Need { size, decoder, allocated, compression } = need;
-    let needed = size.saturating_add(decoder);
+    // The kernel allocates whole pages. A limit in whole pages needs no rounded size.
+    let needed = whole_pages(size).saturating_add(decoder);
     // Without /proc, the page cache counts as used.
     let (total, available) = match meminfo(procfs) {
         Some(figures) => figures,
@@ -95,12 +94,14 @@ pub(crate) fn check_file_size_limit(image: &Path, size: u64) -> Result<(), Kerne
     }
 }
 
-/// Returns a limit in bytes. The default is half of the memory, as for tmpfs.
+/// Returns a limit in bytes, in whole pages as for tmpfs. The default is half of the memory.
 fn limit_in_bytes(limit: Option<SizeLimit>, total: u64) -> u64 {
     match limit.unwrap_or(SizeLimit::Percent(50)) {
         SizeLimit::Bytes(0) | SizeLimit::Percent(0) => u64::MAX,
-        SizeLimit::Bytes(bytes) => bytes.checked_next_multiple_of(PAGE_SIZE).unwrap_or(u64::MAX),
-        SizeLimit::Percent(percent) => (total / 100).saturating_mul(u64::from(percent)),
+        SizeLimit::Bytes(bytes) => whole_pages(bytes),
+        SizeLimit::Percent(percent) => {
+            whole_pages((total / 100).saturating_mul(u64::from(percent)))
+        }
     }
 }
 
@@ -132,11 +133,12 @@ mod tests {
             Err(SourceError::LimitExceeded { limit, .. }) => assert_eq!(limit, expected),
             result => panic!("{result:?}"),
         };
-        refused(check(4097, Some(SizeLimit::Bytes(4096))), 4096);
-        check(4096, Some(SizeLimit::Bytes(4096))).unwrap();
+        let page = sealmount_sys::page_size() as u64;
+        refused(check(page + 1, Some(SizeLimit::Bytes(page))), page);
+        check(page, Some(SizeLimit::Bytes(page))).unwrap();
         // As tmpfs has it: whole pages, and no limit.
-        check(4096, Some(SizeLimit::Bytes(1))).unwrap();
-        refused(check(4097, Some(SizeLimit::Bytes(4095))), 4096);
+        check(page, Some(SizeLimit::Bytes(1))).unwrap();
+        refused(check(page + 1, Some(SizeLimit::Bytes(page - 1))), page);
         check(1 << 20, Some(SizeLimit::Bytes(0))).unwrap();
         check(1 << 20, Some(SizeLimit::Percent(0))).unwrap();
         check(1 << 20, Some(SizeLimit::Percent(1000))).unwrap();

@@ -2,5 +2,6 @@
 
 pub(crate) mod io;
 pub(crate) mod memory;
+pub(crate) mod pages;
 pub(crate) mod text;
 pub(crate) mod threads;
