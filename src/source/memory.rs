@@ -18,6 +18,8 @@ use crate::kernel::{KernelError, Operation};
 use crate::source::error::SourceError;
 use crate::source::limits::check_file_size_limit;
 use crate::source::options::MemoryKind;
+use crate::util::io::write_all_at;
+use crate::util::pages::whole_pages;
 
 /// The kernel waits about 150 ms in each attempt.
 const SEAL_ATTEMPTS: u32 = 30;
@@ -35,6 +37,8 @@ pub(crate) enum UnsealedMemory {
         file: OwnedFd,
         /// The detached mount: the only reference to the file system.
         mount: OwnedFd,
+        /// The size of the image, in bytes.
+        size: u64,
     },
 }
 
@@ -74,10 +78,14 @@ impl UnsealedMemory {
         image: &Path,
         size: u64,
     ) -> Result<UnsealedMemory, SourceError> {
-        check_file_size_limit(image, size)?;
+        let file_size = match kind {
+            MemoryKind::Memfd => size,
+            MemoryKind::Ramfs => whole_pages(size),
+        };
+        check_file_size_limit(image, file_size)?;
         match kind {
             MemoryKind::Memfd => UnsealedMemory::memfd(image),
-            MemoryKind::Ramfs => UnsealedMemory::ramfs(image),
+            MemoryKind::Ramfs => UnsealedMemory::ramfs(image, size),
         }
         .map_err(SourceError::from)
     }
@@ -97,7 +105,7 @@ impl UnsealedMemory {
         Ok(UnsealedMemory::Memfd(memfd))
     }
 
-    fn ramfs(image: &Path) -> Result<UnsealedMemory, KernelError> {
+    fn ramfs(image: &Path, size: u64) -> Result<UnsealedMemory, KernelError> {
         let context = FsContext::open("ramfs")?;
         context.set_string("mode", "0700")?;
         context.create()?;
@@ -106,7 +114,7 @@ impl UnsealedMemory {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = openat(&mount, ramfs_name(image), flags, Mode::RUSR)
             .map_err(|errno| KernelError::new(Operation::CreateMemory, errno))?;
-        Ok(UnsealedMemory::Ramfs { file, mount })
+        Ok(UnsealedMemory::Ramfs { file, mount, size })
     }
 
     pub fn file(&self) -> &OwnedFd {
@@ -115,6 +123,8 @@ impl UnsealedMemory {
         }
     }
 
+    /// Seals the memory, which holds the whole image. Zeros pad a file in a ramfs to whole pages: Linux 7.3
+    /// cannot read EROFS from a file that ends within a page.
     pub fn seal(self, image: &Path) -> Result<SealedMemory, SourceError> {
         let failed = |errno| KernelError::new(Operation::SealMemory, errno);
         match self {
@@ -124,7 +134,9 @@ impl UnsealedMemory {
                 add_seals(&file, seals).map_err(failed)?;
                 Ok(SealedMemory { file, kind: MemoryKind::Memfd })
             }
-            UnsealedMemory::Ramfs { file: writer, mount } => {
+            UnsealedMemory::Ramfs { file: writer, mount, size } => {
+                pad_to_pages(&writer, size)
+                    .map_err(|errno| KernelError::new(Operation::WriteMemory, errno).on(image))?;
                 // The kernel makes a superblock read-only only if no file of it is open for writing.
                 // After the mount's descriptor is closed, no process can change that back: the
                 // file's descriptor does not lead to a directory of the file system.
@@ -153,6 +165,19 @@ fn add_seals(memfd: &OwnedFd, seals: SealFlags) -> Result<(), Errno> {
         }
     }
     Err(Errno::BUSY)
+}
+
+/// Writes zeros behind the image, up to the end of its last page.
+fn pad_to_pages(file: &OwnedFd, size: u64) -> Result<(), Errno> {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    let end = whole_pages(size);
+    let mut offset = size;
+    while offset < end {
+        let length = (end - offset).min(ZEROS.len() as u64);
+        write_all_at(file, &ZEROS[..length as usize], offset)?;
+        offset += length;
+    }
+    Ok(())
 }
 
 /// Makes a ramfs read-only.
@@ -205,10 +230,31 @@ mod tests {
         memory.seal(image).unwrap()
     }
 
-    fn has_content(memory: &SealedMemory) {
-        let mut content = [0; CONTENT.len() + 1];
-        assert_eq!(pread(memory.file(), &mut content, 0), Ok(CONTENT.len()));
+    /// Checks the content and the size.
+    fn has_content(memory: &SealedMemory, size: usize) {
+        let mut content = vec![1; size + 1];
+        assert_eq!(pread(memory.file(), &mut content, 0), Ok(size));
         assert_eq!(&content[..CONTENT.len()], CONTENT);
+        assert!(content[CONTENT.len()..size].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn ramfs_is_padded_to_whole_pages() {
+        if !may_mount() {
+            return;
+        }
+        let page = sealmount_sys::page_size();
+        for size in [1, 4095, 4097, page - 1, page, page + 1, 3 * page - 4096] {
+            let image = Path::new("/some/image.cfs");
+            let memory = UnsealedMemory::create(MemoryKind::Ramfs, image, size as u64).unwrap();
+            let content = vec![b'x'; size];
+            write_all_at(memory.file(), &content, 0).unwrap();
+            let memory = memory.seal(image).unwrap();
+            let mut found = vec![1; size + 2 * page];
+            let length = pread(memory.file(), &mut found, 0).unwrap();
+            assert_eq!(length, size.next_multiple_of(page), "{size} bytes");
+            assert!(found[..size] == content && found[size..length].iter().all(|byte| *byte == 0));
+        }
     }
 
     #[test]
@@ -226,7 +272,7 @@ mod tests {
             let error = again.write(b"x").unwrap_err();
             assert_eq!(error.raw_os_error(), Some(Errno::PERM.raw_os_error()));
         }
-        has_content(&memory);
+        has_content(&memory, CONTENT.len());
     }
 
     #[test]
@@ -245,7 +291,7 @@ mod tests {
         // ended.
         let again = rustix::mount::fspick(file, "", rustix::mount::FsPickFlags::FSPICK_EMPTY_PATH);
         assert!(again.is_err());
-        has_content(&memory);
+        has_content(&memory, sealmount_sys::page_size());
     }
 
     /// A child process has a copy of the writer between fork and exec.

@@ -12,7 +12,8 @@ pub enum MemoryKind {
     /// 3.17), mounted through a loop device. The kernel may swap it out.
     Memfd,
     /// A file in a private ramfs, whose superblock is read-only and which no process can reach. The kernel
-    /// never swaps it out. From Linux 6.12, a ramfs is mounted without a loop device.
+    /// never swaps it out. From Linux 6.12, a ramfs is mounted without a loop device. Zeros pad the file to
+    /// whole pages of the kernel.
     Ramfs,
 }
 
@@ -29,7 +30,7 @@ impl fmt::Display for MemoryKind {
 /// gets more memory than is available.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SizeLimit {
-    /// A number of bytes, rounded up to whole pages of 4096 bytes.
+    /// A number of bytes, rounded up to whole pages of the kernel.
     Bytes(u64),
     /// A percentage of the memory of the machine.
     Percent(u32),
