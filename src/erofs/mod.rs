@@ -1,6 +1,7 @@
 //! The bare EROFS mount of a source: methods and their fallbacks.
 
 mod error;
+mod last_page;
 mod permission;
 
 use std::fmt;
@@ -292,30 +293,34 @@ type Mounted = (OwnedFd, SourceMethod, Option<PathBuf>);
 ///    CONFIG_EROFS_FS_BACKED_BY_FILE; ENODEV if the kernel has no procfs).
 /// 3. A loop device. A memfd is mounted with this method at once.
 ///
+/// Linux 7.3 cannot read a file that ends within a page, by descriptor or by path (EIO of a trial,
+/// [`last_page`]). Such a file is mounted through a loop device.
+///
 /// EINVAL for the superblock also means a damaged image. The next method fails with EINVAL too then, and
 /// the image is rejected.
 fn mount(
     source: &Source,
     unsupported: &mut Vec<Unsupported<SourceMethod>>,
 ) -> Result<Mounted, ErofsError> {
-    let path = source.path();
+    let file_methods: &[(SourceMethod, MountFile)] = match source.is_memfd() {
+        true => &[],
+        false => &[
+            (SourceMethod::Descriptor, mount_by_descriptor),
+            (SourceMethod::DescriptorPath, mount_by_path),
+        ],
+    };
     let mut refusal = None;
-    if !source.is_memfd() {
-        let by_descriptor = mount_from(source, &|context| context.set_fd("source", source, path));
-        match by_descriptor {
-            Err(error) if means_unsupported(&error) => {
-                unsupported.push(Unsupported::new(SourceMethod::Descriptor, error));
-            }
-            result => return Ok((result?, SourceMethod::Descriptor, None)),
-        }
-        let by_path =
-            |link: &Path| mount_from(source, &|context| context.set_string("source", link));
-        match with_fd_path(source, by_path) {
-            Err(error) if means_unsupported(&error) => {
-                refusal = Some(error.clone()).filter(|error| error.errno == Errno::INVAL);
-                unsupported.push(Unsupported::new(SourceMethod::DescriptorPath, error));
-            }
-            result => return Ok((result?, SourceMethod::DescriptorPath, None)),
+    for (method, mount_file) in file_methods {
+        let error = match mount_and_check(source, *mount_file) {
+            Err(error) if means_unsupported(&error) => error,
+            result => return Ok((result?, *method, None)),
+        };
+        unsupported.push(Unsupported::new(*method, error.clone()));
+        let is_misread = error.operation == Operation::ReadLastPage;
+        refusal = Some(error).filter(|error| error.errno == Errno::INVAL);
+        // The kernel reads a file by path as by descriptor.
+        if is_misread {
+            break;
         }
     }
     let device = match (source.loop_device(), refusal) {
@@ -326,31 +331,57 @@ fn mount(
     mount_by_loop_device(source, &device)
 }
 
+/// Mounts the EROFS in a file. The source gives the options, and the path for messages.
+type MountFile = fn(&Source, BorrowedFd<'_>) -> Result<OwnedFd, KernelError>;
+
+fn mount_by_descriptor(source: &Source, file: BorrowedFd<'_>) -> Result<OwnedFd, KernelError> {
+    mount_from(source, &|context| context.set_fd("source", file, source.path()))
+}
+
+fn mount_by_path(source: &Source, file: BorrowedFd<'_>) -> Result<OwnedFd, KernelError> {
+    with_fd_path(source, file, |link| {
+        mount_from(source, &|context| context.set_string("source", link))
+    })
+}
+
+/// Mounts the file of a source. If the file ends within a page, checks that the kernel can read the page.
+fn mount_and_check(source: &Source, mount_file: MountFile) -> Result<OwnedFd, KernelError> {
+    let mounted = mount_file(source, source.as_fd());
+    let is_read = |error: &KernelError| {
+        error.operation == Operation::CreateSuperblock && error.errno == Errno::IO
+    };
+    if source.ends_within_page() && mounted.as_ref().err().is_none_or(is_read) {
+        last_page::check(source.path(), |file| mount_file(source, file))?;
+    }
+    mounted
+}
+
 fn mount_by_loop_device(source: &Source, device: &LoopDevice) -> Result<Mounted, ErofsError> {
     let mount = mount_from(source, &|context| context.set_string("source", &device.path))?;
     device.check_is_source_of(&mount)?;
     Ok((mount, SourceMethod::LoopDevice, Some(device.path.clone())))
 }
 
-/// Runs `work` with a path by which the kernel finds the file of the source.
+/// Runs `work` with a path by which the kernel finds a file: the file of the source, or of a trial.
 ///
 /// With a digest, the path must lead to the file that was verified, so a private procfs is used. Without a
 /// digest, no file was verified, and a path in /proc is as good as the path of the image. docs/design.md has
 /// the cost of the private procfs.
 fn with_fd_path(
     source: &Source,
+    file: BorrowedFd<'_>,
     work: impl Fn(&Path) -> Result<OwnedFd, KernelError> + Send,
 ) -> Result<OwnedFd, KernelError> {
     if source.digest().is_none() {
-        match work(&proc_fd_path(source)) {
+        match work(&proc_fd_path(file)) {
             // /proc is not mounted.
             Err(error) if error.errno == Errno::NOENT => {}
             result => return result,
         }
     }
     match source.procfs() {
-        Some(procfs) => procfs.with_fd_path(source, work),
-        None => Procfs::require()?.with_fd_path(source, work),
+        Some(procfs) => procfs.with_fd_path(file, work),
+        None => Procfs::require()?.with_fd_path(file, work),
     }
 }
 
@@ -377,6 +408,7 @@ fn means_unsupported(error: &KernelError) -> bool {
         }
         // The kernel has no procfs.
         Operation::OpenFileSystem => error.errno == Errno::NODEV && error.is_on("proc"),
+        Operation::ReadLastPage => error.errno == Errno::IO,
         _ => false,
     }
 }

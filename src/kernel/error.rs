@@ -89,6 +89,7 @@ impl KernelError {
             (Operation::OpenFileSystem, Errno::NODEV)
             | (Operation::FindLoopDevice, Errno::NOENT | Errno::NODEV | Errno::NXIO)
             | (Operation::IdmapMount, Errno::INVAL)
+            | (Operation::ReadLastPage, Errno::IO)
             | (Operation::CloneMount, Errno::INVAL)
             | (Operation::AttachBeneath, Errno::OPNOTSUPP)
             | (_, Errno::NOSYS) => ErrorKind::Unsupported,
@@ -309,6 +310,9 @@ pub enum Operation {
     /// fsmount(2).
     #[error("make the mount")]
     CreateMount,
+    /// The system calls that try whether EROFS reads the last page of a file that ends within this page.
+    #[error("read the last page of the file through EROFS")]
+    ReadLastPage,
     /// FSCONFIG_CMD_CREATE of a trial overlay on the finished mount.
     #[error("stack an overlay on the mount")]
     StackOverlay,

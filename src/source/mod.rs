@@ -24,6 +24,7 @@ use crate::image::{Compression, Content, Format, Header, Image, ImageProblem};
 use crate::kernel::procfs::Procfs;
 use crate::kernel::{KernelError, Operation};
 use crate::location::Location;
+use crate::util::pages::ends_within_page;
 
 pub use error::SourceError;
 use loop_device::LoopDevice;
@@ -136,6 +137,7 @@ struct Inner {
     location: Location,
     header: Header,
     report: SourceReport,
+    ends_within_page: bool,
     procfs: Option<Arc<Procfs>>,
     loop_device: Mutex<Option<Arc<LoopDevice>>>,
 }
@@ -183,6 +185,8 @@ impl Parts {
                 copied: self.copied,
                 verified: self.verified,
             },
+            // A copy that EROFS mounts as a file is padded.
+            ends_within_page: !self.copied && ends_within_page(image.file_size()),
             file: self.file,
             location: image.location.clone(),
             header: self.header,
@@ -402,6 +406,11 @@ impl Source {
 
     pub(crate) fn header(&self) -> &Header {
         &self.0.header
+    }
+
+    /// Returns whether EROFS may have to read the last page of a file that ends within this page.
+    pub(crate) fn ends_within_page(&self) -> bool {
+        self.0.ends_within_page
     }
 
     pub(crate) fn location(&self) -> &Location {
