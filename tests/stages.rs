@@ -21,9 +21,10 @@ use sealmount::{
     Verity, VerityStatus, VerityUnavailable, check_permission,
 };
 
+use test_support::every_block::VARIANTS;
 use test_support::{
-    Fixture, Sandbox, V1, V2, assert_is_manifest, assert_is_manifest_mapped, assert_no_loop_device,
-    large_image, loop_devices, mount_at, run, sandbox, through, umount,
+    EveryBlock, Fixture, Sandbox, V1, V2, assert_is_manifest, assert_is_manifest_mapped,
+    assert_no_loop_device, large_image, loop_devices, mount_at, run, sandbox, through, umount,
 };
 
 const MIB: usize = 1024 * 1024;
@@ -634,6 +635,28 @@ fn image_without_composefs_magic_is_plain_erofs() {
         let image = Image::open_erofs(fixture.image()).unwrap();
         assert!(matches!(image.format(), Some(Format::Composefs { .. })));
         assert_mounts(&fixture, &image.trust().unwrap(), &mount_point);
+    }
+}
+
+/// Images with blocks of 512 bytes end within a page. sealmount then tries whether the kernel reads the page.
+#[test]
+fn images_that_end_within_a_page_mount() {
+    let Some(sandbox) = sandbox!() else { return };
+    let mount_point = sandbox.directory("mnt");
+    for blocks in 4..=20 {
+        for variant in 0..VARIANTS {
+            let expected = EveryBlock::small_blocks(blocks, variant);
+            let path = sandbox.file("small.erofs", &expected.bytes);
+            let image = Image::open_erofs(&path).unwrap();
+            for source in all_sources(&image, &expected.bytes) {
+                let mount = source.mount().unwrap();
+                let method = mount.report().method;
+                mount.into_detached().attach(&mount_point).unwrap();
+                let compared = expected.compare(&mount_point);
+                umount(&mount_point);
+                assert_eq!(compared, Ok(()), "{blocks} blocks, variant {variant}, {method}");
+            }
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod erofs;
+pub mod every_block;
 #[cfg(feature = "sandbox")]
 pub mod fixtures;
 pub mod manifest;
@@ -21,6 +22,7 @@ pub mod sandboxing;
 pub mod tracer;
 
 pub use erofs::ErofsImage;
+pub use every_block::EveryBlock;
 #[cfg(feature = "sandbox")]
 pub use fixtures::{Fixture, V1, V2, large_image};
 pub use manifest::{assert_has_hard_link, assert_is_manifest, assert_is_manifest_mapped};
