@@ -24,6 +24,7 @@ mod fallbacks;
 mod fault_injection;
 mod faults;
 mod fixtures;
+mod image_lengths;
 mod init;
 mod machines;
 mod missing;

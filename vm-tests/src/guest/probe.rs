@@ -115,7 +115,7 @@ pub fn idmap(image: &Path, user_namespace: &Path) -> Result<bool, Error> {
 }
 
 /// Creates a detached mount of the EROFS in a file, with one method.
-fn erofs(image: &Path, source: SourceMethod) -> Result<OwnedFd, Errno> {
+pub fn erofs(image: &Path, source: SourceMethod) -> Result<OwnedFd, Errno> {
     let file = open(image, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     let _device;
@@ -126,7 +126,7 @@ fn erofs(image: &Path, source: SourceMethod) -> Result<OwnedFd, Errno> {
             let control = open("/dev/loop-control", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
             let path = format!("/dev/loop{}", loop_device::get_free(control)?);
             let device = open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-            loop_device::configure(&device, &file, 4096, b"probe")?;
+            loop_device::configure(&device, &file, 512, b"probe")?;
             fsconfig_set_string(&context, "source", &path)?;
             _device = device;
         }

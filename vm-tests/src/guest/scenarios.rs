@@ -1,9 +1,9 @@
 //! Lists all scenarios.
 
 use super::{
-    basics, boot, cgroup, copies, digest, fallbacks, fault_injection, missing, nested,
-    object_checks, objects, parallel, probe, remount, source_released, stacking, stages, swap,
-    trees, verity,
+    basics, boot, cgroup, copies, digest, fallbacks, fault_injection, image_lengths, missing,
+    nested, object_checks, objects, parallel, probe, remount, source_released, stacking, stages,
+    swap, trees, verity,
 };
 use crate::scenario::Scenario;
 
@@ -13,6 +13,7 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> + Clone {
         basics::SCENARIOS,
         probe::SCENARIOS,
         trees::SCENARIOS,
+        image_lengths::SCENARIOS,
         fallbacks::SCENARIOS,
         verity::SCENARIOS,
         fault_injection::SCENARIOS,
