@@ -8,6 +8,7 @@ use crate::files::read;
 use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::mount::{UnmountFlags, unmount};
+use sealmount_sys::page_size;
 use std::collections::HashSet;
 use std::ffi::CString;
 use std::fs::{self, File};
@@ -25,9 +26,11 @@ pub const SCENARIOS: &[Scenario] = &[Scenario {
     run: memfd_is_swapped_out_and_ramfs_stays,
 }];
 
-const PAGE: usize = 4096;
-const IMAGE_PAGES: usize = 2048;
-const IMAGE_KIB: u64 = (IMAGE_PAGES * PAGE / 1024) as u64;
+/// The size of the image, in bytes.
+const IMAGE_SIZE: usize = 8 << 20;
+const IMAGE_KIB: u64 = (IMAGE_SIZE / 1024) as u64;
+/// The size of an EROFS block, in bytes.
+const BLOCK: usize = 4096;
 
 fn memfd_is_swapped_out_and_ramfs_stays(guest: &mut Guest) -> Result<(), Error> {
     let memfd = Copy::mount("memfd", 1)?;
@@ -54,9 +57,10 @@ fn memfd_is_swapped_out_and_ramfs_stays(guest: &mut Guest) -> Result<(), Error> 
     }
 
     // The swap area contains unencrypted pages, so a search finds them.
+    let pages = IMAGE_SIZE / page_size();
     let swapped = [memfd.count_pages(&area)?, ramfs.count_pages(&area)?];
-    println!("the swap area has {swapped:?} of {IMAGE_PAGES} pages of memfd and ramfs");
-    if swapped[0] < IMAGE_PAGES / 2 || swapped[1] != 0 {
+    println!("the swap area has {swapped:?} of {pages} pages of memfd and ramfs");
+    if swapped[0] < pages / 2 || swapped[1] != 0 {
         return Err(format!("the swap area has {swapped:?} pages of memfd and ramfs").into());
     }
 
@@ -69,7 +73,7 @@ fn memfd_is_swapped_out_and_ramfs_stays(guest: &mut Guest) -> Result<(), Error> 
     }
     let read_back = vmstat("pswpin")? - read_back;
     println!("the kernel read {read_back} pages back");
-    if read_back < IMAGE_PAGES as u64 / 2 {
+    if read_back < pages as u64 / 2 {
         return Err(format!("the kernel read only {read_back} pages back").into());
     }
     assert_is_manifest(&ramfs.mount_point);
@@ -98,7 +102,8 @@ impl Copy {
         let image = large_image(seed)?;
         fs::write(path, &image)?;
         let original_size = fs::metadata(V1.image_in(Path::new("/")))?.len() as usize;
-        let pages = image[original_size..].chunks(PAGE).map(mark).collect();
+        let start = original_size.next_multiple_of(page_size());
+        let pages = image[start..].chunks(page_size()).map(mark).collect();
         let mount_point = PathBuf::from(format!("/mnt/{memory}"));
         fs::create_dir(&mount_point)?;
         // A process that ends makes the copy. The pages of a running process could be swapped out too,
@@ -112,11 +117,11 @@ impl Copy {
     /// Returns how many pages of the image are on a disk.
     fn count_pages(&self, disk: &Path) -> Result<usize, Error> {
         let mut disk = File::open(disk)?;
-        let mut buffer = vec![0; PAGE * 256];
+        let mut buffer = vec![0; page_size() * 64];
         let mut found = HashSet::new();
         // The size of a disk is a multiple of the page size, and so is the length of each read.
         while let length @ 1.. = disk.read(&mut buffer)? {
-            let pages = buffer[..length].chunks(PAGE).map(mark);
+            let pages = buffer[..length].chunks(page_size()).map(mark);
             found.extend(pages.filter(|page| self.pages.contains(page)));
         }
         Ok(found.len())
@@ -160,9 +165,9 @@ impl Shown {
 /// kernels can swap equal or empty pages without writing them.
 pub fn large_image(seed: u64) -> Result<Vec<u8>, Error> {
     let mut image = fs::read(V1.image_in(Path::new("/")))?;
-    image[1024 + 36..][..4].copy_from_slice(&(IMAGE_PAGES as u32).to_le_bytes());
+    image[1024 + 36..][..4].copy_from_slice(&((IMAGE_SIZE / BLOCK) as u32).to_le_bytes());
     let mut state = seed;
-    while image.len() < IMAGE_PAGES * PAGE {
+    while image.len() < IMAGE_SIZE {
         // These are the constants of Knuth's MMIX generator.
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         image.extend(state.to_le_bytes());
@@ -174,12 +179,13 @@ pub fn large_image(seed: u64) -> Result<Vec<u8>, Error> {
 fn make_swap_area(device: &Path) -> Result<(), Error> {
     let sectors = Path::new("/sys/class/block").join(device.file_name().ok_or("no device")?);
     let sectors: usize = fs::read_to_string(sectors.join("size"))?.trim().parse()?;
-    let mut header = vec![0; PAGE];
+    let page = page_size();
+    let mut header = vec![0; page];
     let version = 1u32;
-    let last_page = (sectors * 512 / PAGE - 1) as u32;
+    let last_page = (sectors * 512 / page - 1) as u32;
     header[1024..1028].copy_from_slice(&version.to_le_bytes());
     header[1028..1032].copy_from_slice(&last_page.to_le_bytes());
-    header[PAGE - 10..].copy_from_slice(b"SWAPSPACE2");
+    header[page - 10..].copy_from_slice(b"SWAPSPACE2");
     let device = File::options().write(true).open(device)?;
     device.write_all_at(&header, 0)?;
     device.sync_all()?;
