@@ -66,7 +66,7 @@ fn overlay(options: &str, root: &Path) -> Result<(), Error> {
 fn nested_image_and_objects_mount(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "ext4")?;
     let nested = overlay_on(&disk, "once")?;
-    let best = probe::newest_source(&V1.image_in(&disk))?;
+    let best = probe::padded(&V1.image_in(&disk), probe::newest_source)?;
     for fixture in [&V1, &V2] {
         let image = fixture.image_in(&nested);
         let options = MountOptions::new(fixture.objects_in(&nested));
