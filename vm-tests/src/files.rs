@@ -16,6 +16,17 @@ pub fn copy(from: &Path, to: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// Renames a complete directory to the name that other runs look for, so that they never see an incomplete
+/// one. Another run may have made an equivalent directory first.
+pub fn publish(complete: &Path, to: &Path) -> Result<(), Error> {
+    let what = || format!("cannot rename {} to {}", complete.display(), to.display());
+    fs::create_dir_all(to.parent().unwrap_or(to)).context(what)?;
+    match fs::rename(complete, to) {
+        Err(_) if to.is_dir() => Ok(()),
+        result => result.context(what),
+    }
+}
+
 /// Copies the files and directories in a directory, recursively.
 pub fn copy_tree(from: &Path, to: &Path) -> Result<(), Error> {
     fs::create_dir_all(to).context(|| format!("cannot make {}", to.display()))?;

@@ -35,6 +35,9 @@ pub struct Machine {
     /// Whether the default run also boots this machine on versions with a fault. If SEALMOUNT_VM_SERIES names
     /// such a version, the run boots every machine.
     pub on_faulty_kernels: bool,
+    /// Whether the default run also boots this machine on the kernel with large pages. If SEALMOUNT_VM_SERIES
+    /// names this kernel, the run boots every machine.
+    pub on_large_pages: bool,
 }
 
 /// The commands that boot a machine. SEALMOUNT_TESTS selects scenarios by the tier of their machine.
@@ -62,6 +65,7 @@ impl Machine {
         off_limit: Duration::from_secs(60),
         tier: Tier::Quick,
         on_faulty_kernels: false,
+        on_large_pages: false,
     };
 }
 

@@ -9,8 +9,9 @@ use std::fmt::Write as _;
 /// The word of the kernel command line that gives the boot's token.
 pub const TOKEN: &str = "vm-tests.token";
 
-/// The serial port of the guest for frames. The console uses the first serial port.
-pub const CHANNEL: &str = "/dev/ttyS1";
+/// The word of the kernel command line that gives the serial port of the guest for frames, a name in
+/// `/dev`. The console uses another serial port.
+pub const CHANNEL: &str = "vm-tests.channel";
 
 /// A message from the host to the guest or from the guest to the host.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
+use vm_tests::arch::Arch;
 use vm_tests::guest::FAULTS;
 use vm_tests::host::Lab;
 use vm_tests::host::kernels::{Kernel, Wanted};
@@ -14,9 +15,14 @@ fn lab() -> Lab {
     Lab::new(Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap()).unwrap()
 }
 
+/// Returns the first kernel of a run.
+fn kernel(lab: &Lab) -> Kernel {
+    Wanted::from_environment().unwrap()[0].get(lab).unwrap()
+}
+
 /// Runs all scenarios of a machine and returns their verdicts.
 fn verdicts(lab: &Lab, machine: &str) -> HashMap<&'static str, Verdict> {
-    let kernel = Wanted::from_environment()[0].get(lab).unwrap();
+    let kernel = kernel(lab);
     let scenarios: Vec<&Scenario> =
         FAULTS.iter().filter(|fault| fault.machine.name == machine).collect();
     let mut verdicts = HashMap::new();
@@ -66,21 +72,26 @@ fn hung_machine_is_reported_with_cpu_state() {
     let lab = lab();
     let verdicts = verdicts(&lab, "fault-halts");
     assert_reports(&verdicts, "halts", "the machine hung: no frame for 13s");
-    assert_shows_cpus(&verdicts["halts"].clone().unwrap_err().log);
+    assert_shows_cpus(kernel(&lab).arch, &verdicts["halts"].clone().unwrap_err().log);
 }
 
 #[track_caller]
-fn assert_shows_cpus(log: &str) {
-    for words in ["--- CPU state when the machine hung", "CPU#0", "CPU#1", "RIP="] {
+fn assert_shows_cpus(arch: &Arch, log: &str) {
+    let header = "--- CPU state when the machine hung";
+    for words in [header, "CPU#0", "CPU#1", arch.program_counter] {
         assert!(log.contains(words), "the log lacks {words:?}: {log}");
     }
+    let is_vector = |line: &&str| arch.vector_registers.iter().any(|name| line.starts_with(name));
+    let state = log.split_once(header).map_or("", |(_, state)| state);
+    assert_eq!(state.lines().find(is_vector), None, "{log}");
 }
 
 /// Checks for the call trace, which the kernel prints at an NMI while its CPUs are not halted for good.
 #[track_caller]
-fn assert_shows_kernel_trace(log: &str) {
-    assert_shows_cpus(log);
-    for words in ["Kernel panic - not syncing: NMI", "Call Trace"] {
+fn assert_shows_kernel_trace(arch: &Arch, log: &str) {
+    assert_shows_cpus(arch, log);
+    let trace = ["Kernel panic - not syncing: NMI", "Call Trace"];
+    for words in trace.iter().filter(|_| arch.has_nmi) {
         assert!(log.contains(words), "the log lacks {words:?}: {log}");
     }
 }
@@ -92,9 +103,10 @@ fn hang_during_boot_reports_kernel_trace() {
     let words = "did not get ready: the machine hung: no frame for 10s, twice. The first time: ";
     assert_reports(&verdicts, "says_nothing", words);
     let Failure { message, log } = verdicts["says_nothing"].clone().unwrap_err();
-    assert_shows_kernel_trace(&log);
+    let arch = kernel(&lab).arch;
+    assert_shows_kernel_trace(arch, &log);
     let (_, first) = message.split_once("The first time: ").unwrap();
-    assert_shows_kernel_trace(&fs::read_to_string(first).unwrap());
+    assert_shows_kernel_trace(arch, &fs::read_to_string(first).unwrap());
 }
 
 #[test]
@@ -109,7 +121,8 @@ fn hang_after_last_result_is_reported() {
     let lab = lab();
     let verdicts = verdicts(&lab, "fault-halts-at-the-end");
     assert_reports(&verdicts, "halts_at_the_end", "passed\nthen: the machine was not off after 3s");
-    assert_shows_cpus(&verdicts["halts_at_the_end"].clone().unwrap_err().log);
+    let failure = verdicts["halts_at_the_end"].clone().unwrap_err();
+    assert_shows_cpus(kernel(&lab).arch, &failure.log);
 }
 
 #[test]
@@ -158,12 +171,12 @@ fn verdict_where_qemu_aborts(
     scenario: &str,
 ) -> (Verdict, usize) {
     let mut lab = lab();
-    lab.qemu = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/aborting-qemu");
+    lab.wrapper = Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/aborting-qemu"));
     let file = |(number, moment)| lab.temporary(&format!("abort-{number}-{moment}"));
     let files: Vec<_> = moments.iter().enumerate().map(file).collect();
     files.iter().for_each(|file| fs::write(file, "").unwrap());
 
-    let kernel = Wanted::from_environment()[0].get(&lab).unwrap();
+    let kernel = kernel(&lab);
     let machine = Machine { name: machine, ..Machine::BARE };
     let scenario = FAULTS.iter().find(|fault| fault.name == scenario).unwrap();
     let mut verdict = None;

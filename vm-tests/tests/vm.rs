@@ -19,7 +19,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitCode, Error> {
     let arguments = Arguments::from_args();
-    let mut suite = Suite::new(&Wanted::from_environment(), guest::scenarios())?;
+    let mut suite = Suite::new(&Wanted::from_environment()?, guest::scenarios())?;
     let (part, all) = (Part::from_environment()?, suite.tests.len());
     suite.keep(part);
     if part != Part::All {

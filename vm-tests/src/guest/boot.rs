@@ -53,6 +53,7 @@ pub static BOOTS: Machine = Machine {
     command_line: |binaries| Ok(format!("{DIGEST}={}", root(binaries)?.digest)),
     takes_over: Some("/sbin/boot-init"),
     on_faulty_kernels: true,
+    on_large_pages: true,
     ..Machine::BARE
 };
 

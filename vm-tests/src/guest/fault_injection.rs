@@ -52,8 +52,13 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-static INJECTED: Machine =
-    Machine { name: "injected", tier: Tier::Ci, on_faulty_kernels: false, ..STANDARD };
+static INJECTED: Machine = Machine {
+    name: "injected",
+    tier: Tier::Ci,
+    on_faulty_kernels: false,
+    on_large_pages: false,
+    ..STANDARD
+};
 
 /// Each of these scenarios makes hundreds of mounts.
 const TIME_LIMIT: Duration = Duration::from_secs(300);

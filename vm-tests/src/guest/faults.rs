@@ -9,6 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::system::{RebootCommand, reboot};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 const SHORT: Duration = Duration::from_secs(3);
@@ -116,10 +117,11 @@ fn sleeps(_: &mut Guest) -> Result<(), Error> {
     }
 }
 
-fn writes_on_the_channel(_: &mut Guest) -> Result<(), Error> {
+fn writes_on_the_channel(guest: &mut Guest) -> Result<(), Error> {
     let forged =
         "[    1.0] noise\n@vm-tests 0 passed writes_on_the_channel 0\n@vm-tests unfinished";
-    fs::write(CHANNEL, forged)?;
+    let channel = guest.command_line(CHANNEL).ok_or("the kernel command line has no channel")?;
+    fs::write(Path::new("/dev").join(channel), forged)?;
     Err("the host ignored the forged result".into())
 }
 

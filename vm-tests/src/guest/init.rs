@@ -135,11 +135,14 @@ fn load_modules() -> Result<(), Error> {
 
 /// Opens the channel in raw mode, so that the terminal does not echo requests as answers.
 fn open_channel() -> Result<File, Error> {
+    let name = command_line(CHANNEL)?
+        .ok_or_else(|| format!("the kernel command line has no {CHANNEL}"))?;
+    let path = Path::new("/dev").join(name);
     let channel = File::options()
         .read(true)
         .write(true)
-        .open(CHANNEL)
-        .context(|| format!("cannot open {CHANNEL}, the second serial port"))?;
+        .open(&path)
+        .context(|| format!("cannot open {}, the second serial port", path.display()))?;
     let mut settings = tcgetattr(&channel)?;
     settings.make_raw();
     tcsetattr(&channel, OptionalActions::Now, &settings)?;

@@ -36,6 +36,7 @@ pub static STANDARD: Machine = Machine {
         Disk { name: "fat", format: Format::Fat, size_mib: 64, fill: fill_disk },
     ],
     on_faulty_kernels: true,
+    on_large_pages: true,
     ..Machine::BARE
 };
 
@@ -54,6 +55,7 @@ pub static SOLITARY: Machine = Machine {
         Disk { name: "images", format: Format::Ext4, size_mib: 64, fill: fixtures::fill },
         Disk { name: "swap", format: Format::Blank, size_mib: 128, fill: |_, _| Ok(()) },
     ],
+    on_large_pages: true,
     ..Machine::BARE
 };
 

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
 use sealmount::{MemoryKind, MountOptions, SourceMethod, Verity};
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 use test_support::manifest::{ROOT, assert_is_manifest, assert_root_is};
 use test_support::mountinfo::mounts;
@@ -30,7 +30,7 @@ pub const SCENARIOS: &[Scenario] = &[
 ];
 
 /// Lockdown cannot be undone, so it has its own machine.
-static LOCKED_DOWN: Machine = Machine { name: "locked-down", ..SOLITARY };
+static LOCKED_DOWN: Machine = Machine { name: "locked-down", on_large_pages: false, ..SOLITARY };
 
 const fn scenario(name: &'static str, run: fn(&mut Guest) -> Result<(), Error>) -> Scenario {
     Scenario { name, machine: &SOLITARY, time_limit: Scenario::TIME_LIMIT, run }
@@ -60,30 +60,37 @@ fn assert_mounts(directory: &Path, copy: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Returns the directories from which EROFS mounts an image without a loop device.
-fn without_loop_devices(disk: &Path) -> Result<Vec<PathBuf>, Error> {
-    let mut places = Vec::new();
+/// The mounts that need no loop device, by the directory of the image and the option for a copy.
+type WithoutLoopDevices<'a> = Vec<(&'a Path, &'static str)>;
+
+/// Finds the mounts for which the kernel mounts EROFS from a file directly. A copy in a ramfs is like a file
+/// on the disk.
+fn without_loop_devices(disk: &Path) -> Result<WithoutLoopDevices<'_>, Error> {
+    let mut without = Vec::new();
     for place in [disk, Path::new("/")] {
         if probe::best_source(&V1.image_in(place))? != SourceMethod::LoopDevice {
-            places.push(place.to_owned());
+            without.push((place, ""));
+        }
+        let of_copy = probe::padded(&V1.image_in(disk), probe::best_source)?;
+        if of_copy != SourceMethod::LoopDevice {
+            without.push((place, ",copy=ramfs"));
         }
     }
-    Ok(places)
+    Ok(without)
 }
 
-/// Checks the mounts without loop devices. A file mounts if the kernel mounts EROFS from it directly. A
-/// copy in a ramfs mounts if a file on the disk does. All other mounts fail with one message.
-fn needs_loop_devices(disk: &Path, without: &[PathBuf], expected: &[&str]) -> Result<(), Error> {
-    let root = Path::new("/");
-    for (place, copy, like) in [
-        (disk, "", disk),
-        (disk, ",copy=ramfs", disk),
-        (root, "", root),
-        (root, ",copy=ramfs", disk),
-    ] {
-        match without.iter().any(|place| place == like) {
-            true => assert_mounts(place, copy)?,
-            false => rejected(&try_mount(place, copy)?, 32, expected)?,
+/// Checks the mounts without loop devices. All mounts that are not in the list fail with one message.
+fn needs_loop_devices(
+    disk: &Path,
+    without: &WithoutLoopDevices<'_>,
+    expected: &[&str],
+) -> Result<(), Error> {
+    for place in [disk, Path::new("/")] {
+        for copy in ["", ",copy=ramfs"] {
+            match without.contains(&(place, copy)) {
+                true => assert_mounts(place, copy)?,
+                false => rejected(&try_mount(place, copy)?, 32, expected)?,
+            }
         }
     }
     rejected(&try_mount(disk, ",copy")?, 32, expected)
@@ -91,8 +98,13 @@ fn needs_loop_devices(disk: &Path, without: &[PathBuf], expected: &[&str]) -> Re
 
 fn missing_proc_still_mounts(guest: &mut Guest) -> Result<(), Error> {
     let disk = fixtures::mount_objects(guest, "images")?;
-    let expected = probe::best_source(&V1.image_in(&disk))?;
     fs::create_dir_all(TREE)?;
+    let mut before = Vec::new();
+    for fixture in [&V1, &V2] {
+        let image = fixture.image_in(&disk);
+        let of_copy = probe::padded(&image, probe::best_source)?;
+        before.push((fixture, probe::best_source(&image)?, of_copy));
+    }
     unmount("/proc", UnmountFlags::DETACH)?;
     if Path::new("/proc/self").exists() {
         return Err("/proc is still mounted".into());
@@ -115,7 +127,7 @@ fn missing_proc_still_mounts(guest: &mut Guest) -> Result<(), Error> {
         unmount(TREE, UnmountFlags::empty())?;
         Ok::<_, Error>(method)
     };
-    for fixture in [&V1, &V2] {
+    for (fixture, expected, of_copy) in before {
         let objects = File::open(fixture.objects_in(&disk))?;
         let found = [
             source(fixture, None, fixture.objects_in(&disk).into())?,
@@ -123,7 +135,7 @@ fn missing_proc_still_mounts(guest: &mut Guest) -> Result<(), Error> {
             source(fixture, Some(MemoryKind::Ramfs), fixture.objects_in(&disk).into())?,
             source(fixture, Some(MemoryKind::Memfd), fixture.objects_in(&disk).into())?,
         ];
-        if found != [expected, expected, expected, SourceMethod::LoopDevice] {
+        if found != [expected, expected, of_copy, SourceMethod::LoopDevice] {
             return Err(format!("unexpected source methods without /proc: {found:?}").into());
         }
     }

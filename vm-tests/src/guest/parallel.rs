@@ -29,7 +29,8 @@ pub const SCENARIOS: &[Scenario] = &[Scenario {
     run: parallel_mounts_all_get_loop_devices,
 }];
 
-static PARALLEL: Machine = Machine { name: "parallel", tier: Tier::Ci, ..SOLITARY };
+static PARALLEL: Machine =
+    Machine { name: "parallel", tier: Tier::Ci, on_large_pages: false, ..SOLITARY };
 
 const MOUNTS: usize = 64;
 const ROUNDS: usize = 10;

@@ -8,13 +8,11 @@ use super::mounted::{TREE, mount_with_helper};
 use super::{probe, system};
 use crate::binaries::Binaries;
 use crate::machine::{Disk, Format, Machine};
-use crate::programs::libraries;
 use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::fs::{Mode, OFlags, open};
-use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 use test_support::mountinfo::mount_at;
@@ -54,19 +52,16 @@ static SYSTEMD: Machine = Machine {
     ..Machine { modules: BOOTS.modules, takes_over: BOOTS.takes_over, ..Machine::BARE }
 };
 
-const MOUNT: &str = "/bin/mount";
+const MOUNT: &str = "/usr/bin/mount";
 const SYSTEMD_REMOUNT_FS: &str = "/usr/lib/systemd/systemd-remount-fs";
+/// The packages of these programs.
+const PACKAGES: [&str; 2] = ["mount", "systemd"];
 
 fn root(binaries: &Binaries) -> Result<Root, Error> {
-    let programs = [MOUNT, SYSTEMD_REMOUNT_FS].map(PathBuf::from);
-    let mut paths = BTreeSet::from(programs.clone());
-    for program in &programs {
-        paths.extend(libraries(program)?);
-    }
     let name = |path: &Path| path.display().to_string().trim_start_matches('/').to_owned();
     let mut files = Vec::new();
-    for path in paths {
-        let content = fs::read(&path).context(|| path.display().to_string())?;
+    for (path, file) in binaries.programs(&PACKAGES, &[MOUNT, SYSTEMD_REMOUNT_FS])? {
+        let content = fs::read(&file).context(|| file.display().to_string())?;
         files.push((name(&path), 0o755, content));
     }
     let helper = fs::read(binaries.get("sealmount", "mount-composefs")?)?;

@@ -1,16 +1,20 @@
 //! Selects how QEMU runs the CPUs of a machine: with KVM, or emulated.
 
 use crate::Error;
+use crate::arch::{Arch, X86_64};
 use crate::programs::command;
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::OnceLock;
 
-/// Emulates each CPU in its own thread, with all CPU features that kernels and checksums use. Other
-/// machine types, smaller CPUs and boots without mitigations or calibrations were not measurably
-/// faster.
-pub const EMULATION: [&str; 4] = ["-accel", "tcg,thread=multi", "-cpu", "max"];
+/// Returns the arguments that emulate each CPU in its own thread. Other machine types, smaller CPUs and
+/// boots without mitigations or calibrations were not measurably faster on x86-64.
+pub fn emulation(arch: &Arch) -> [&'static str; 4] {
+    ["-accel", "tcg,thread=multi", "-cpu", arch.emulated_cpu]
+}
+
+/// The arguments that run the CPUs of the host.
 pub const KVM: [&str; 4] = ["-accel", "kvm", "-cpu", "host"];
 
 /// Returns a path in the syntax of QEMU options, which need a doubled comma.
@@ -36,8 +40,8 @@ fn runs_boot_sector(dir: &Path) -> Result<bool, Error> {
     let image = dir.join("kvm-probe");
     fs::write(&image, sector)?;
     let mut qemu = command("timeout")
-        .args(["--signal", "KILL", "5", "qemu-system-x86_64", "-nodefaults", "-no-user-config"])
-        .args(["-machine", "q35", "-display", "none", "-device", "isa-debug-exit"])
+        .args(["--signal", "KILL", "5", X86_64.qemu, "-nodefaults", "-no-user-config"])
+        .args(["-machine", X86_64.machine, "-display", "none", "-device", "isa-debug-exit"])
         .args(KVM)
         .args(["-device", "ide-hd,drive=probe", "-drive"])
         .arg(format!("if=none,id=probe,format=raw,file={}", escaped(&image)))

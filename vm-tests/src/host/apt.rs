@@ -2,11 +2,15 @@
 //! mirror and the keys. The apt state of the host stays unchanged.
 
 use super::say::say;
+use crate::arch::Arch;
 use crate::programs::{self, command, output};
 use crate::{Context, Error};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 /// The releases that have the kernels of the default run, among others.
 const SUITES: &[&str] = &["bookworm", "bookworm-backports", "trixie", "trixie-backports", "forky"];
@@ -32,11 +36,34 @@ const RELEASES: &[&str] = &[
     "unstable",
 ];
 
+/// The directory of fetched packages, below the directory of the configuration.
+const ARCHIVES: &str = "cache/archives";
+
 /// Keyrings of all Debian releases, for hosts whose sources do not have `Signed-By`.
 const KEYRINGS: &[&str] = &[
     "/usr/share/keyrings/debian-archive-keyring.pgp",
     "/usr/share/keyrings/debian-archive-keyring.gpg",
 ];
+
+/// Calls a function with the package lists of an architecture. The first call fetches the lists into the
+/// directory of the run. The lock allows one fetch at a time.
+pub fn with_lists<T>(
+    arch: &'static Arch,
+    run: &Path,
+    work: impl FnOnce(&Apt) -> Result<T, Error>,
+) -> Result<T, Error> {
+    static FETCHED: Mutex<BTreeMap<&str, Apt>> = Mutex::new(BTreeMap::new());
+
+    let mut fetched = FETCHED.lock().expect("no thread panics while it uses apt");
+    let apt = match fetched.entry(arch.debian) {
+        Entry::Occupied(entry) => entry.into_mut(),
+        Entry::Vacant(entry) => {
+            let dir = run.join(format!("apt-{}", arch.debian));
+            entry.insert(Apt::update(arch, &dir)?)
+        }
+    };
+    work(apt)
+}
 
 /// A package and its parts.
 #[derive(Debug)]
@@ -56,7 +83,7 @@ pub struct Apt {
 
 impl Apt {
     /// Creates the configuration in `dir` and fetches the package lists.
-    pub fn update(dir: &Path) -> Result<Apt, Error> {
+    fn update(arch: &Arch, dir: &Path) -> Result<Apt, Error> {
         programs::check_these(programs::NEEDED_TO_FETCH).context(|| CANNOT_FETCH.into())?;
         let sources = machine_sources();
         let mirror = debian_mirror(&sources).context(|| CANNOT_FETCH.into())?;
@@ -65,7 +92,7 @@ impl Apt {
         if let Some(security) = security {
             text += &format!("\n{}", security.with_suites(SECURITY_SUITES));
         }
-        for part in ["state/lists/partial", "cache/archives/partial"] {
+        for part in ["state/lists/partial", &format!("{ARCHIVES}/partial")] {
             fs::create_dir_all(dir.join(part))
                 .context(|| format!("cannot make {part} in {}", dir.display()))?;
         }
@@ -76,7 +103,7 @@ impl Apt {
         };
         write("status", "")?;
         write("debian.sources", &text)?;
-        let configuration = write("apt.conf", &configuration(dir))?;
+        let configuration = write("apt.conf", &configuration(arch, dir))?;
         let mut apt = Apt { configuration, update_error: None };
         // A mirror may lack a suite that this run does not need.
         if let Err(error) = output(apt.command("apt-get").arg("update")) {
@@ -126,10 +153,24 @@ impl Apt {
         let archives = dir.join("archives");
         fs::create_dir(&archives).context(|| format!("cannot make {}", archives.display()))?;
         output(self.command("apt-get").arg("download").args(packages).current_dir(&archives))?;
-        for entry in fs::read_dir(&archives)? {
-            output(command("dpkg-deb").arg("--extract").arg(entry?.path()).arg(dir))?;
-        }
+        extract(&archives, dir)?;
         fs::remove_dir_all(&archives)?;
+        Ok(())
+    }
+
+    /// Fetches packages of a suite with all packages that they depend on, and unpacks them into a directory.
+    pub fn unpack_with_dependencies(
+        &self,
+        suite: &str,
+        packages: &[&str],
+        dir: &Path,
+    ) -> Result<(), Error> {
+        let mut apt = self.command("apt-get");
+        apt.args(["--yes", "--no-install-recommends", "--download-only"]);
+        output(apt.args(["--target-release", suite, "install"]).args(packages))?;
+        let archives = self.configuration.with_file_name(ARCHIVES);
+        extract(&archives, dir)?;
+        output(self.command("apt-get").arg("clean"))?;
         Ok(())
     }
 
@@ -142,7 +183,18 @@ impl Apt {
     }
 }
 
-fn configuration(dir: &Path) -> String {
+/// Extracts all packages in a directory.
+fn extract(archives: &Path, to: &Path) -> Result<(), Error> {
+    for entry in fs::read_dir(archives)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "deb") {
+            output(command("dpkg-deb").arg("--extract").arg(path).arg(to))?;
+        }
+    }
+    Ok(())
+}
+
+fn configuration(arch: &Arch, dir: &Path) -> String {
     let path = |name: &str| dir.join(name).display().to_string();
     format!(
         r#"Dir::State "{state}";
@@ -152,7 +204,7 @@ Dir::Etc::sourcelist "{sources}";
 Dir::Etc::sourceparts "/dev/null";
 Dir::Etc::preferences "/dev/null";
 Dir::Etc::preferencesparts "/dev/null";
-APT::Architecture "amd64";
+APT::Architecture "{architecture}";
 #clear APT::Architectures;
 #clear APT::Default-Release;
 // The hooks of the host would act on the state of the host.
@@ -166,6 +218,7 @@ APT::Sandbox::User "root";
         status = path("status"),
         cache = path("cache"),
         sources = path("debian.sources"),
+        architecture = arch.debian,
     )
 }
 

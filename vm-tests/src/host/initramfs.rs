@@ -22,7 +22,8 @@ pub fn build(lab: &Lab, kernel: &Kernel, machine: &Machine) -> Result<PathBuf, E
     for dir in ["dev", "proc", "sys", "tmp", "mnt"] {
         archive.directory(dir, 0o755)?;
     }
-    archive.file("init", 0o755, &fs::read(lab.binaries.get("vm-tests", "vm-init")?)?)?;
+    let init = lab.binaries(kernel.arch).get("vm-tests", "vm-init")?;
+    archive.file("init", 0o755, &fs::read(init)?)?;
 
     archive.directory("vm-tests", 0o755)?;
     let order = kernel.load_order(machine.modules)?;
@@ -45,7 +46,7 @@ pub fn build(lab: &Lab, kernel: &Kernel, machine: &Machine) -> Result<PathBuf, E
         archive.file(&first_stage::TAKES_OVER[1..], 0o644, program.as_bytes())?;
     }
 
-    let files = lab.filled(&format!("{name}.files"), machine.files)?;
+    let files = lab.filled(kernel.arch, &format!("{name}.files"), machine.files)?;
     archive.tree(&files)?;
     let file =
         archive.finish()?.into_inner().context(|| format!("cannot write {}", path.display()))?;

@@ -1,6 +1,7 @@
 //! Prepares the files of machines: directories, binaries and disks.
 
-use super::{accelerator, disks};
+use super::{accelerator, disks, packages};
+use crate::arch::{self, Arch, X86_64};
 use crate::binaries::Binaries;
 use crate::machine::{Disk, Fill};
 use crate::{Context, Error, programs};
@@ -15,12 +16,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub struct Lab {
     kept: PathBuf,
     run: PathBuf,
-    pub binaries: Binaries,
-    /// The images by the name of the disk and the function that fills it.
-    disks: Mutex<HashMap<(&'static str, usize), PathBuf>>,
-    pub has_kvm: bool,
-    /// The program that runs a machine. Tests of the harness replace it.
-    pub qemu: PathBuf,
+    /// The programs of the machines of each architecture.
+    binaries: Vec<Binaries>,
+    /// The images by the architecture, the name of the disk and the function that fills it.
+    disks: Mutex<HashMap<(&'static str, &'static str, usize), PathBuf>>,
+    has_kvm: bool,
+    /// A program that runs QEMU. Its arguments are the command line of QEMU. Only tests of the harness
+    /// set it.
+    pub wrapper: Option<PathBuf>,
 }
 
 impl Lab {
@@ -40,8 +43,10 @@ impl Lab {
         }
         Ok(Lab {
             has_kvm: accelerator::kvm_works(&run),
-            binaries: Binaries::new(kept.join("cargo")),
-            qemu: "qemu-system-x86_64".into(),
+            binaries: arch::ALL
+                .map(|arch| Binaries::new(arch, &kept, &run, packages::fetch))
+                .into(),
+            wrapper: None,
             kept,
             run,
             disks: Mutex::default(),
@@ -58,18 +63,32 @@ impl Lab {
         self.run.join(name)
     }
 
+    /// Returns the programs of the machines of an architecture.
+    pub fn binaries(&self, arch: &Arch) -> &Binaries {
+        let mut all = self.binaries.iter();
+        all.find(|binaries| binaries.arch == arch).expect("each architecture has its programs")
+    }
+
+    /// Returns the arguments of QEMU that select how the CPUs of a machine run.
+    pub fn accelerator(&self, arch: &Arch) -> [&'static str; 4] {
+        match self.has_kvm && *arch == X86_64 {
+            true => accelerator::KVM,
+            false => accelerator::emulation(arch),
+        }
+    }
+
     /// Returns the image of a disk, and builds it on the first call. All boots share the image, so
     /// callers must not write to it.
-    pub fn disk(&self, disk: &Disk) -> Result<PathBuf, Error> {
+    pub fn disk(&self, arch: &'static Arch, disk: &Disk) -> Result<PathBuf, Error> {
         let mut disks = self.disks.lock().expect("no thread panics while it builds a disk");
         // Machines may give the same name to disks with different contents.
-        let key = (disk.name, disk.fill as usize);
+        let key = (arch.debian, disk.name, disk.fill as usize);
         if let Some(image) = disks.get(&key) {
             return Ok(image.clone());
         }
         let name = format!("{}-{}", disk.name, disks.len());
         let image = self.temporary(&format!("{name}.disk"));
-        let content = self.filled(&format!("{name}.content"), disk.fill)?;
+        let content = self.filled(arch, &format!("{name}.content"), disk.fill)?;
         disks::build(disk, &content, &image)
             .context(|| format!("cannot make disk {}", disk.name))?;
         disks.insert(key, image.clone());
@@ -77,10 +96,10 @@ impl Lab {
     }
 
     /// Creates a directory and fills it with `fill`.
-    pub fn filled(&self, name: &str, fill: Fill) -> Result<PathBuf, Error> {
+    pub fn filled(&self, arch: &Arch, name: &str, fill: Fill) -> Result<PathBuf, Error> {
         let dir = self.temporary(name);
         fs::create_dir(&dir).context(|| format!("cannot make {}", dir.display()))?;
-        fill(&self.binaries, &dir).context(|| format!("cannot fill {name}"))?;
+        fill(self.binaries(arch), &dir).context(|| format!("cannot fill {name}"))?;
         Ok(dir)
     }
 }

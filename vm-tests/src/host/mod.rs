@@ -10,6 +10,7 @@ pub mod kernels;
 mod lab;
 mod modules;
 mod monitor;
+mod packages;
 pub mod qemu;
 mod say;
 pub mod suite;

@@ -1,5 +1,6 @@
 //! Asks the QEMU monitor (QMP) for the CPU state of a machine that hangs.
 
+use crate::arch::Arch;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -10,16 +11,17 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub struct Monitor {
+    arch: &'static Arch,
     connection: BufReader<UnixStream>,
 }
 
 impl Monitor {
-    pub fn new(connection: UnixStream) -> Monitor {
-        Monitor { connection: BufReader::new(connection) }
+    pub fn new(arch: &'static Arch, connection: UnixStream) -> Monitor {
+        Monitor { arch, connection: BufReader::new(connection) }
     }
 
-    /// Returns the registers of every CPU and sends a non-maskable interrupt (NMI). With
-    /// `unknown_nmi_panic`, the kernel then prints its call trace on the console.
+    /// Returns the registers of every CPU and sends a non-maskable interrupt (NMI), if the machine has
+    /// NMIs. With `unknown_nmi_panic`, the kernel then prints its call trace on the console.
     pub fn interrupt(&mut self) -> Result<String, String> {
         self.connection.get_ref().set_read_timeout(Some(LIMIT)).map_err(|e| e.to_string())?;
         self.ask(&json!({ "execute": "qmp_capabilities" }))?;
@@ -27,8 +29,10 @@ impl Monitor {
             "execute": "human-monitor-command",
             "arguments": { "command-line": "info registers -a" },
         }))?;
-        self.ask(&json!({ "execute": "inject-nmi" }))?;
-        Ok(without_vectors(registers.as_str().unwrap_or_default()))
+        if self.arch.has_nmi {
+            self.ask(&json!({ "execute": "inject-nmi" }))?;
+        }
+        Ok(without_vectors(self.arch, registers.as_str().unwrap_or_default()))
     }
 
     fn ask(&mut self, command: &Value) -> Result<Value, String> {
@@ -54,10 +58,8 @@ impl Monitor {
 }
 
 /// Removes the vector and floating-point registers. They do not show where the kernel hangs.
-fn without_vectors(registers: &str) -> String {
-    let is_vector = |line: &&str| {
-        ["FCW=", "FPR", "XMM", "YMM", "ZMM", "Opmask"].iter().any(|name| line.starts_with(name))
-    };
+fn without_vectors(arch: &Arch, registers: &str) -> String {
+    let is_vector = |line: &&str| arch.vector_registers.iter().any(|name| line.starts_with(name));
     let lines = registers.lines().map(str::trim_end).filter(|line| !line.is_empty());
     lines.filter(|line| !is_vector(line)).map(|line| format!("{line}\n")).collect()
 }

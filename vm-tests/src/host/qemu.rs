@@ -1,15 +1,16 @@
 //! Boots a machine, runs scenarios in it, and reports a verdict for each scenario, even if the machine
 //! fails.
 
-use super::accelerator::{EMULATION, KVM, escaped};
+use super::accelerator::escaped;
 use super::initramfs;
 use super::kernels::Kernel;
 use super::lab::Lab;
 use super::monitor::Monitor;
 use super::say::say;
+use crate::arch::Arch;
 use crate::machine::Machine;
 use crate::programs::command;
-use crate::protocol::{Frame, NotAFrame, TOKEN};
+use crate::protocol::{CHANNEL, Frame, NotAFrame, TOKEN};
 use crate::scenario::Scenario;
 use crate::{Context, Error};
 use std::collections::hash_map::RandomState;
@@ -34,7 +35,7 @@ const END_LIMIT: Duration = Duration::from_secs(20);
 /// The limit for the last messages of a kernel over an emulated serial line.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(5);
 
-/// x86 kernels truncate longer command lines.
+/// Kernels of all architectures truncate longer command lines.
 const COMMAND_LINE_LIMIT: usize = 2047;
 
 /// The reason why a scenario did not pass.
@@ -175,15 +176,14 @@ impl Running {
         File::create(&console).context(|| format!("cannot make {}", console.display()))?;
 
         let token = format!("{:016x}", RandomState::new().build_hasher().finish());
-        let words = (machine.command_line)(&lab.binaries)?;
+        let arch = kernel.arch;
+        let Arch { console: console_port, channel: channel_port, debug_words, .. } = arch;
+        let words = (machine.command_line)(lab.binaries(arch))?;
         let words = format!(
-            // An oops is a failure of the kernel, and the machine is unusable afterwards. The other
-            // words show where a kernel hangs:
-            // - earlyprintk prints messages before the console is ready,
-            // - unknown_nmi_panic and panic_print print the state of all CPUs at an NMI,
-            // - nokaslr keeps the addresses of the symbols.
-            "console=ttyS0 quiet panic=-1 oops=panic earlyprintk=ttyS0 unknown_nmi_panic \
-             panic_print=0x40 nokaslr {TOKEN}={token} {words}"
+            // An oops is a failure of the kernel, and the machine is unusable afterwards. nokaslr keeps
+            // the addresses of the symbols.
+            "console={console_port} quiet panic=-1 oops=panic nokaslr {debug_words} \
+             {CHANNEL}={channel_port} {TOKEN}={token} {words}"
         );
         if words.len() > COMMAND_LINE_LIMIT {
             return Err(format!(
@@ -195,11 +195,12 @@ impl Running {
         // setpriv ends QEMU when the tests end, even if they are killed.
         let mut qemu = command("setpriv");
         qemu.args(["--pdeathsig", "KILL", "--"])
-            .arg(&lab.qemu)
+            .args(&lab.wrapper)
+            .arg(arch.qemu)
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-            .args(["-machine", "q35", "-smp", "2"])
+            .args(["-machine", arch.machine, "-smp", "2"])
             .args(["-m", &format!("{}M", machine.memory_mib)])
-            .args(if lab.has_kvm { KVM } else { EMULATION })
+            .args(lab.accelerator(arch))
             .arg("-kernel")
             .arg(&kernel.image)
             .arg("-initrd")
@@ -209,10 +210,11 @@ impl Running {
             .arg(format!("file:{}", escaped(&console)))
             // An inherited connection needs no path. A path could exceed the length limit of a socket
             // address.
-            .args(["-chardev", "socket,id=channel,fd=0", "-serial", "chardev:channel"])
+            .args(["-chardev", "socket,id=channel,fd=0"])
+            .args(arch.channel_device)
             .args(["-chardev", "socket,id=monitor,fd=1", "-mon", "chardev=monitor,mode=control"]);
         for (number, disk) in machine.disks.iter().enumerate() {
-            let image = lab.disk(disk)?;
+            let image = lab.disk(arch, disk)?;
             let (id, serial) = (format!("disk{number}"), disk.name);
             qemu.arg("-drive")
                 // Boots share the image. snapshot=on writes the changes of a boot to an unnamed
@@ -250,7 +252,7 @@ impl Running {
             started: Instant::now(),
             token,
             requests,
-            monitor: Monitor::new(monitor),
+            monitor: Monitor::new(arch, monitor),
             answers,
             damaged: 0,
             console,
