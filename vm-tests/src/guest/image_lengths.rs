@@ -7,6 +7,7 @@ use super::mounted::{self, TREE, Traces, with_copy, with_digest, with_verity};
 use super::probe;
 use super::system::{helper, succeeded};
 use crate::Error;
+use crate::machine::{Machine, Tier};
 use crate::scenario::{Guest, Scenario};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
@@ -25,17 +26,21 @@ use test_support::every_block::VARIANTS;
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "images_of_every_length_mount",
-        machine: &STANDARD,
+        machine: &LENGTHS,
         time_limit: TIME_LIMIT,
         run: images_of_every_length_mount,
     },
     Scenario {
         name: "images_with_small_blocks_mount_or_fail",
-        machine: &STANDARD,
+        machine: &LENGTHS,
         time_limit: TIME_LIMIT,
         run: images_with_small_blocks_mount_or_fail,
     },
 ];
+
+/// The machine of these scenarios, which need a minute under emulation.
+static LENGTHS: Machine =
+    Machine { name: "lengths", tier: Tier::Ci, on_faulty_kernels: false, ..STANDARD };
 
 const TIME_LIMIT: Duration = Duration::from_secs(180);
 

@@ -5,6 +5,7 @@ use super::fixtures::V1;
 use super::machines::SOLITARY;
 use super::system::{helper, meminfo, no_loop_devices, succeeded};
 use crate::files::read;
+use crate::machine::{Machine, Tier};
 use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::mount::{UnmountFlags, unmount};
@@ -21,10 +22,13 @@ use test_support::manifest::assert_is_manifest;
 
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "memfd_is_swapped_out_and_ramfs_stays",
-    machine: &SOLITARY,
+    machine: &SWAPPING,
     time_limit: Scenario::TIME_LIMIT,
     run: memfd_is_swapped_out_and_ramfs_stays,
 }];
+
+/// The machine of this scenario, which needs half a minute under emulation.
+static SWAPPING: Machine = Machine { name: "swapping", tier: Tier::Ci, ..SOLITARY };
 
 /// The size of the image, in bytes.
 const IMAGE_SIZE: usize = 8 << 20;
