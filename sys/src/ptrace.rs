@@ -29,8 +29,8 @@ pub fn set_traced_call(thread: Pid, number: i32) -> io::Result<()> {
     // own process.
     let result = unsafe {
         syscall(
-            c_long::from(__NR_ptrace),
-            c_long::from(PTRACE_SETREGSET),
+            __NR_ptrace as c_long,
+            PTRACE_SETREGSET as c_long,
             c_long::from(thread.as_raw_nonzero().get()),
             c_long::from(NT_ARM_SYSTEM_CALL),
             &raw mut value,

@@ -32,7 +32,7 @@ pub fn statmount_exists(mount_id: u64) -> io::Result<()> {
     // the request, and writes at most the length of the buffer.
     let result = unsafe {
         syscall(
-            c_long::from(__NR_statmount),
+            __NR_statmount as c_long,
             &raw const request,
             buffer.as_mut_ptr(),
             buffer.len(),
