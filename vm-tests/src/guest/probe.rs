@@ -102,7 +102,9 @@ fn sources(
 
 /// Returns whether the kernel reads all inodes, directories, symbolic links and files of a mount.
 fn reads_all_files(erofs: &OwnedFd) -> Result<bool, Error> {
-    match read_below(erofs) {
+    // The descriptor of a mount is only a path.
+    let root = openat(erofs, ".", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    match read_below(&root) {
         Ok(()) => Ok(true),
         Err(Errno::IO) => Ok(false),
         Err(errno) => Err(format!("cannot probe the files of an EROFS mount: {errno}").into()),
