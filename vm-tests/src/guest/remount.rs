@@ -62,6 +62,10 @@ fn root(binaries: &Binaries) -> Result<Root, Error> {
     let mut files = Vec::new();
     for (path, file) in binaries.programs(&PACKAGES, &[MOUNT, SYSTEMD_REMOUNT_FS])? {
         let content = fs::read(&file).context(|| file.display().to_string())?;
+        if path == Path::new(MOUNT) {
+            // systemd < 257 executes this path.
+            files.push(("bin/mount".into(), 0o755, content.clone()));
+        }
         files.push((name(&path), 0o755, content));
     }
     let helper = fs::read(binaries.get("sealmount", "mount-composefs")?)?;
