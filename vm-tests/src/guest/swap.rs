@@ -23,7 +23,8 @@ use test_support::manifest::assert_is_manifest;
 pub const SCENARIOS: &[Scenario] = &[Scenario {
     name: "memfd_is_swapped_out_and_ramfs_stays",
     machine: &SWAPPING,
-    time_limit: Scenario::TIME_LIMIT,
+    // Emulated swapping is slow.
+    time_limit: Duration::from_secs(150),
     run: memfd_is_swapped_out_and_ramfs_stays,
 }];
 
