@@ -1,5 +1,5 @@
-//! Describes the CPU architectures of machines. All that depends on the architecture of a machine is here,
-//! so the rest of the crate has no condition on an architecture.
+//! Describes the CPU architectures of machines. Every value that depends on the architecture of a machine is
+//! here, so the rest of the crate has few conditions on an architecture.
 
 /// An architecture of machines.
 #[derive(Debug, PartialEq, Eq)]
