@@ -36,7 +36,7 @@ const MAX_OF_OTHER_ROOTS: usize = 256;
 const TOO_LARGE: usize = 1024 * 1024;
 
 /// The magic number of ramfs, of statfs(2). Without tmpfs, the /run of an initramfs is on a ramfs.
-const RAMFS_MAGIC: FsWord = 0x8584_58f6;
+const RAMFS_MAGIC: FsWord = 0x8584_58f6_u32 as FsWord;
 
 /// `STATX_MNT_ID_UNIQUE` (Linux 6.8), which rustix lacks.
 const MNT_ID_UNIQUE: u32 = 0x4000;

@@ -90,6 +90,7 @@ impl Access {
 /// A sparse image may be much larger than its data. Compressed data has at least a twelfth of its size, and a
 /// file system may keep the data of a small file elsewhere.
 fn entries_max(source: &Source) -> u64 {
+    #[allow(clippy::unnecessary_cast, reason = "the type depends on the architecture")]
     let allocated = fstat(source).map_or(u64::MAX, |stat| stat.st_blocks as u64 * 512);
     (source.report().size / ENTRY_SIZE).min(allocated.saturating_add(1 << 20))
 }

@@ -222,6 +222,7 @@ impl Tracer {
         } else if event != Event::PTRACE_EVENT_STOP as i32
             && let Ok(new) = ptrace::getevent(thread)
         {
+            #[allow(clippy::unnecessary_cast, reason = "the type depends on the architecture")]
             self.threads.entry(Pid::from_raw(new as i32)).or_insert(None);
         }
     }
