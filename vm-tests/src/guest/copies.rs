@@ -81,7 +81,7 @@ fn ramfs_is_read_only(guest: &mut Guest) -> Result<(), Error> {
         assert_eq!(errno, Some(Errno::ROFS), "open for writing");
         assert_eq!(rustix::fs::fchmod(copy, rustix::fs::Mode::RWXU), Err(Errno::ROFS));
         let magic = rustix::fs::fstatfs(copy)?.f_type;
-        assert_eq!(magic, 0x8584_58f6, "RAMFS_MAGIC");
+        assert_eq!(magic as u32, 0x8584_58f6, "RAMFS_MAGIC");
         Ok(())
     })
 }
