@@ -60,7 +60,7 @@ pub enum Action {
     /// The call is not executed and fails with this errno.
     Fail(Errno),
     /// The call is not executed and returns 0. The tracer writes these bytes where the argument of this
-    /// number points to.
+    /// number points to. If the process has no memory there, the call fails with EFAULT.
     Answer(usize, Vec<u8>),
     /// The kernel executes the call after the tracer has written these bytes where the argument of this
     /// number points to.
@@ -246,6 +246,7 @@ impl Tracer {
                 *count += 1;
                 let Decision { action, is_last } = decide(&call);
                 self.is_tracing = !is_last;
+                *state = Some(AtExit::Nothing);
                 *state = Some(enter(&call, &mut registers, action, self.leader)?);
             }
             Some(AtExit::Nothing) => {}
@@ -283,8 +284,13 @@ fn enter(
         }
         Action::Answer(argument, bytes) => {
             registers.skip()?;
-            write(call, argument, &bytes)?;
-            Ok(AtExit::Return(0))
+            match write(call, argument, &bytes) {
+                Ok(()) => Ok(AtExit::Return(0)),
+                // The kernel fails with the same errno. rustix calls statx(2) with a null pointer to
+                // find out whether the kernel has the call.
+                Err(Errno::EFAULT) => Ok(AtExit::Return(-(Errno::EFAULT as i64))),
+                Err(errno) => Err(errno),
+            }
         }
         Action::Shorten(length) => change_argument(2, length.min(call.arguments[2])),
         Action::Signal(signal) => {
@@ -294,11 +300,11 @@ fn enter(
     }
 }
 
-/// Writes bytes where an argument points to.
+/// Writes bytes where an argument points to. Fails with EFAULT if the thread has no memory there.
 fn write(call: &Call, argument: usize, bytes: &[u8]) -> nix::Result<()> {
     let memory = format!("/proc/{}/mem", call.thread);
     let memory = File::options().write(true).open(memory).map_err(|_| Errno::ESRCH)?;
-    memory.write_all_at(bytes, call.arguments[argument]).map_err(|_| Errno::ESRCH)
+    memory.write_all_at(bytes, call.arguments[argument]).map_err(|_| Errno::EFAULT)
 }
 
 #[cfg(test)]
@@ -337,6 +343,18 @@ mod tests {
             _ => Action::Proceed,
         });
         assert_eq!((end, text.as_str()), (End::Exited(0), "answered\n"));
+    }
+
+    /// The first argument of openat(2) is a descriptor, not a pointer.
+    #[test]
+    fn answer_without_memory_fails_with_efault() {
+        let path = "/proc/self/comm";
+        let (end, text) = trace(&["cat", path], &mut |call| match opens(call, path) {
+            true => Action::Answer(0, vec![0]),
+            false => Action::Proceed,
+        });
+        assert_eq!(end, End::Exited(1), "{text}");
+        assert!(text.contains("Bad address"), "{text}");
     }
 
     #[test]
