@@ -18,8 +18,8 @@ use super::outcome::{self, Memory, Outcome, Row, Witness};
 use super::scenarios::{Expected, Place, REST, SCENARIOS, Scenario, is_measurement};
 
 /// A run without a fault needs some milliseconds. A run that tries a thousand loop devices needs
-/// seconds.
-const TIME_LIMIT: Duration = Duration::from_secs(60);
+/// seconds. On an emulated CPU, 5000 retries of a call need more than a minute.
+const TIME_LIMIT: Duration = Duration::from_secs(300);
 
 /// With threads, not every run makes the same calls as the recorded run. At most this percentage of the
 /// runs may miss the call that should fail.
