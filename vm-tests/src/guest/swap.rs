@@ -63,9 +63,11 @@ fn memfd_is_swapped_out_and_ramfs_stays(guest: &mut Guest) -> Result<(), Error> 
 
     // The swap area contains unencrypted pages, so a search finds them.
     let pages = IMAGE_SIZE / page_size();
+    // The kernel decides how many pages it swaps out, and may still be writing others.
+    let pages_min = pages / 16;
     let swapped = [memfd.count_pages(&area)?, ramfs.count_pages(&area)?];
     println!("the swap area has {swapped:?} of {pages} pages of memfd and ramfs");
-    if swapped[0] < pages / 2 || swapped[1] != 0 {
+    if swapped[0] < pages_min || swapped[1] != 0 {
         return Err(format!("the swap area has {swapped:?} pages of memfd and ramfs").into());
     }
 
@@ -78,7 +80,7 @@ fn memfd_is_swapped_out_and_ramfs_stays(guest: &mut Guest) -> Result<(), Error> 
     }
     let read_back = vmstat("pswpin")? - read_back;
     println!("the kernel read {read_back} pages back");
-    if read_back < pages as u64 / 2 {
+    if read_back < pages_min as u64 {
         return Err(format!("the kernel read only {read_back} pages back").into());
     }
     assert_is_manifest(&ramfs.mount_point);
