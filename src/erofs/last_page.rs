@@ -9,10 +9,10 @@ use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
-use rustix::mount::MountAttrFlags;
 
-use crate::kernel::fs_context::FsContext;
+use crate::image::header::{EROFS_MAGIC, EROFS_SUPERBLOCK};
 use crate::kernel::{KernelError, Operation};
+use crate::source::memory::private_ramfs;
 use crate::util::io::{read_at, write_all_at};
 
 /// The size of a block of the trial image, in bytes, as a power of two: the smallest of EROFS. So the image
@@ -20,8 +20,6 @@ use crate::util::io::{read_at, write_all_at};
 const BLOCK_BITS: usize = 9;
 const BLOCK_SIZE: usize = 1 << BLOCK_BITS;
 
-/// The position of the superblock.
-const SUPERBLOCK: usize = 1024;
 /// The positions of the inodes. The number of an inode is its position in units of [`SLOT`].
 const ROOT: usize = 1152;
 const INLINE: usize = 1248;
@@ -51,7 +49,7 @@ pub(crate) fn check(
     mount_file: impl FnOnce(BorrowedFd<'_>) -> Result<OwnedFd, KernelError>,
 ) -> Result<(), KernelError> {
     let failed = |errno| KernelError::new(Operation::ReadLastPage, errno).on(image);
-    let ramfs = ramfs()?;
+    let ramfs = private_ramfs()?;
     let file = trial_file(&ramfs).map_err(failed)?;
     let mount = match mount_file(file.as_fd()) {
         Err(error) if is_fault(&error) => return Err(failed(Errno::IO)),
@@ -72,13 +70,6 @@ pub(crate) fn check(
 fn is_fault(error: &KernelError) -> bool {
     error.operation == Operation::CreateSuperblock
         && matches!(error.errno, Errno::IO | Errno::UCLEAN | Errno::INVAL | Errno::NOTBLK)
-}
-
-fn ramfs() -> Result<OwnedFd, KernelError> {
-    let context = FsContext::open("ramfs")?;
-    context.set_string("mode", "0700")?;
-    context.create()?;
-    context.mount(MountAttrFlags::empty())
 }
 
 /// Writes the trial image to a file of a ramfs. Returns the file, open for reading as an image is.
@@ -106,11 +97,11 @@ fn trial_image() -> [u8; SIZE] {
         image[offset..][..bytes.len()].copy_from_slice(bytes);
     };
     // Magic, the bits of a block, the number of the root inode, the numbers of inodes and of blocks.
-    put(SUPERBLOCK, &0xe0f5_e1e2_u32.to_le_bytes());
-    put(SUPERBLOCK + 12, &[BLOCK_BITS as u8]);
-    put(SUPERBLOCK + 14, &((ROOT / SLOT) as u16).to_le_bytes());
-    put(SUPERBLOCK + 16, &3u64.to_le_bytes());
-    put(SUPERBLOCK + 36, &((SIZE / BLOCK_SIZE) as u32).to_le_bytes());
+    put(EROFS_SUPERBLOCK, &EROFS_MAGIC.to_le_bytes());
+    put(EROFS_SUPERBLOCK + 12, &[BLOCK_BITS as u8]);
+    put(EROFS_SUPERBLOCK + 14, &((ROOT / SLOT) as u16).to_le_bytes());
+    put(EROFS_SUPERBLOCK + 16, &3u64.to_le_bytes());
+    put(EROFS_SUPERBLOCK + 36, &((SIZE / BLOCK_SIZE) as u32).to_le_bytes());
 
     let directory = directory();
     put(ROOT, &inode(FLAT_INLINE, 0o40755, directory.len(), 0));
@@ -162,8 +153,11 @@ fn directory() -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use rustix::mount::MountAttrFlags;
+
     use super::*;
     use crate::kernel::ErrorKind;
+    use crate::kernel::fs_context::FsContext;
     use crate::may_mount;
     use crate::source::loop_device::LoopDevice;
 
@@ -212,7 +206,7 @@ mod tests {
             return;
         }
         let image = trial_image();
-        for position in [SUPERBLOCK, ROOT + SLOT, INLINE, INLINE + SLOT, SIZE - 1] {
+        for position in [EROFS_SUPERBLOCK, ROOT + SLOT, INLINE, INLINE + SLOT, SIZE - 1] {
             let mut other = image;
             // As a kernel that fills the rest of the page with zeros.
             other[position..].fill(0);

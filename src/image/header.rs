@@ -11,8 +11,9 @@ const COMPOSEFS_MAGIC: u32 = 0xd078_629a;
 const COMPOSEFS_HEADER_VERSION: u32 = 1;
 const COMPOSEFS_HAS_ACL: u32 = 1;
 
-const EROFS_SUPERBLOCK: usize = 1024;
-const EROFS_MAGIC: u32 = 0xe0f5_e1e2;
+/// The position of the superblock, and the magic number at its start.
+pub(crate) const EROFS_SUPERBLOCK: usize = 1024;
+pub(crate) const EROFS_MAGIC: u32 = 0xe0f5_e1e2;
 /// `EROFS_FEATURE_INCOMPAT_48BIT`: the number of blocks has 48 bits.
 const EROFS_48BIT: u32 = 0x80;
 

@@ -106,10 +106,7 @@ impl UnsealedMemory {
     }
 
     fn ramfs(image: &Path, size: u64) -> Result<UnsealedMemory, KernelError> {
-        let context = FsContext::open("ramfs")?;
-        context.set_string("mode", "0700")?;
-        context.create()?;
-        let mount = context.mount(MountAttrFlags::empty())?;
+        let mount = private_ramfs()?;
         // The file keeps its name: with an unlinked open file, the file system cannot become read-only.
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = openat(&mount, ramfs_name(image), flags, Mode::RUSR)
@@ -149,6 +146,14 @@ impl UnsealedMemory {
             }
         }
     }
+}
+
+/// Makes a ramfs that no other process can reach. Returns its detached mount.
+pub(crate) fn private_ramfs() -> Result<OwnedFd, KernelError> {
+    let context = FsContext::open("ramfs")?;
+    context.set_string("mode", "0700")?;
+    context.create()?;
+    context.mount(MountAttrFlags::empty())
 }
 
 /// Adds seals to a memfd.
