@@ -54,7 +54,8 @@ fn memfd_is_swapped_out_and_ramfs_stays(guest: &mut Guest) -> Result<(), Error> 
     }
     let swappiness = fs::read("/proc/sys/vm/swappiness")?;
     fs::write("/proc/sys/vm/swappiness", "100")?;
-    let pressure = press(&before)?;
+    let pages = IMAGE_SIZE / page_size();
+    let pressure = press(&before, || Ok(memfd.count_pages(&area)? >= pages / 2))?;
     let after = Shown::now()?;
     println!("memory in KiB: {before:?}, under pressure {after:?}; each copy has {IMAGE_KIB} KiB");
     if after.unevictable < IMAGE_KIB {
@@ -62,12 +63,9 @@ fn memfd_is_swapped_out_and_ramfs_stays(guest: &mut Guest) -> Result<(), Error> 
     }
 
     // The swap area contains unencrypted pages, so a search finds them.
-    let pages = IMAGE_SIZE / page_size();
-    // The kernel decides how many pages it swaps out, and may still be writing others.
-    let pages_min = pages / 16;
     let swapped = [memfd.count_pages(&area)?, ramfs.count_pages(&area)?];
     println!("the swap area has {swapped:?} of {pages} pages of memfd and ramfs");
-    if swapped[0] < pages_min || swapped[1] != 0 {
+    if swapped[0] < pages / 2 || swapped[1] != 0 {
         return Err(format!("the swap area has {swapped:?} pages of memfd and ramfs").into());
     }
 
@@ -80,7 +78,7 @@ fn memfd_is_swapped_out_and_ramfs_stays(guest: &mut Guest) -> Result<(), Error> 
     }
     let read_back = vmstat("pswpin")? - read_back;
     println!("the kernel read {read_back} pages back");
-    if read_back < pages_min as u64 {
+    if read_back < pages as u64 / 2 {
         return Err(format!("the kernel read only {read_back} pages back").into());
     }
     assert_is_manifest(&ramfs.mount_point);
@@ -199,22 +197,37 @@ fn make_swap_area(device: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Allocates memory until the kernel has swapped out most of the memfd.
-fn press(before: &Shown) -> Result<Vec<Vec<u8>>, Error> {
+/// Allocates memory until the kernel has swapped out most of the memfd. `Shmem` tells when a search of the
+/// swap area is worth its time. It also counts the initramfs, so only `is_swapped_out` decides.
+fn press(
+    before: &Shown,
+    is_swapped_out: impl Fn() -> Result<bool, Error>,
+) -> Result<Vec<Vec<u8>>, Error> {
     const CHUNK: usize = 8 << 20;
     let chunks = (meminfo("MemTotal")? * 1024) as usize / CHUNK;
     let mut chunks_held = Vec::new();
-    while meminfo("Shmem")? + IMAGE_KIB * 3 / 4 > before.shmem {
+    loop {
+        if meminfo("Shmem")? + IMAGE_KIB * 3 / 4 <= before.shmem {
+            wait_for_writeback()?;
+            // The page cache of the swap area does not show what the kernel wrote since the last search.
+            fs::write("/proc/sys/vm/drop_caches", "1")?;
+            if is_swapped_out()? {
+                return Ok(chunks_held);
+            }
+        }
         if chunks_held.len() > chunks {
             return Err("the memfd is still in memory although all memory is allocated".into());
         }
         chunks_held.push(vec![chunks_held.len() as u8 | 1; CHUNK]);
     }
+}
+
+fn wait_for_writeback() -> Result<(), Error> {
     let deadline = Instant::now() + Duration::from_secs(10);
     while meminfo("Writeback")? > 0 && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(10));
     }
-    Ok(chunks_held)
+    Ok(())
 }
 
 fn vmstat(name: &str) -> Result<u64, Error> {
