@@ -30,7 +30,7 @@ use test_support::{
 const MIB: usize = 1024 * 1024;
 
 /// The type of a ramfs, of statfs(2).
-const RAMFS_MAGIC: rustix::fs::FsWord = 0x8584_58f6;
+const RAMFS_MAGIC: rustix::fs::FsWord = 0x8584_58f6_u32 as rustix::fs::FsWord;
 
 fn memfd() -> CopyOptions {
     CopyOptions::new(MemoryKind::Memfd)
