@@ -35,7 +35,8 @@
 //! | `SEALMOUNT_VM_SERIES=6.1,7.3-arm64` | the series of Debian's kernels to fetch and run |
 //! | `SEALMOUNT_VM_JOBS=N` | number of machines to run at the same time |
 //! | `SEALMOUNT_TESTS=quick` | runs the scenarios of [`Tier::Quick`](machine::Tier::Quick) on the first and the last kernel |
-//! | `SEALMOUNT_TESTS=rest` | runs all tests that are not in `quick` |
+//! | `SEALMOUNT_TESTS=ci` | runs all tests, but [`Tier::Release`](machine::Tier::Release) only on the first and the last kernel |
+//! | `SEALMOUNT_TESTS=rest` | runs the tests of `ci` that are not in `quick` |
 //! | `SEALMOUNT_TESTS=all` | runs all tests (default) |
 //!
 //! | series | kernel of Debian | architecture |
@@ -46,12 +47,14 @@
 //!
 //! The default run has every scenario on the newest kernels of 6.1, 6.12, 7.2 and 7.3. On two versions with a
 //! fault, 6.17.13 and 6.18.5, the run has the scenarios of the machines with
-//! [`on_faulty_kernels`](machine::Machine::on_faulty_kernels). The last line of the output reports the duration. Under emulation, on two idle CPUs, all tests must finish within 15 minutes.
+//! [`on_faulty_kernels`](machine::Machine::on_faulty_kernels). On `7.3-arm64-16k`, the run has the scenarios of
+//! the machines with [`on_large_pages`](machine::Machine::on_large_pages). The last line of the output reports
+//! the duration. Under emulation, on two idle CPUs, the tests of `SEALMOUNT_TESTS=ci` must finish within 15
+//! minutes.
 //!
 //! The host fetches each kernel once, to `target/vm/kernels/SERIES`. Delete that directory to fetch
 //! newer kernels. Any version on the mirror can be named: `SEALMOUNT_VM_SERIES=6.19.6`. `install-deps`
-//! installs the programs that the host needs. `tests/cross` builds the programs of arm64 machines,
-//! and `install-deps qemu-system-arm` installs their QEMU. Debian has no
+//! installs the programs that the host needs. `tests/cross` builds the programs of arm64 machines. Debian has no
 //! kernel with pages of 64 KiB, so such a kernel needs `SEALMOUNT_VM_KERNELS`.
 //!
 //! `target/vm/log` keeps the consoles:

@@ -49,6 +49,9 @@ pub enum Tier {
     /// Only `tests/run ci` boots the machine, because it has a scenario that needs more than 30 s under
     /// emulation.
     Ci,
+    /// `tests/run ci` boots the machine on the oldest and the newest kernel, and `tests/run release` on every
+    /// kernel: the machine needs a minute or more under emulation.
+    Release,
 }
 
 impl Machine {

@@ -16,8 +16,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 /// The kernels of the default run. The first and the last kernel are also in the quick run. The series are the
-/// oldest supported kernel, the first kernel that mounts an image file directly, and the two newest kernels. The
-/// versions have a fault: an EROFS from a file counts as a level of
+/// oldest supported kernel, the first kernel that mounts an image file directly, the two newest kernels, and
+/// the newest kernel with pages of 16 KiB. The versions have a fault: an EROFS from a file counts as a level of
 /// stacking. No code depends on these numbers.
 const DEFAULT: &[Default] = &[
     Default::Series("6.1"),
@@ -25,6 +25,7 @@ const DEFAULT: &[Default] = &[
     Default::FaultyVersion("6.17.13"),
     Default::FaultyVersion("6.18.5"),
     Default::Series("7.2"),
+    Default::LargePages("7.3-arm64-16k"),
     Default::Series("7.3"),
 ];
 
@@ -32,7 +33,6 @@ const DEFAULT: &[Default] = &[
 enum Default {
     Series(&'static str),
     FaultyVersion(&'static str),
-    #[expect(dead_code, reason = "the default run has no time for a kernel of arm64 yet")]
     LargePages(&'static str),
 }
 

@@ -52,7 +52,9 @@ pub enum Part {
     All,
     /// The scenarios of [`Tier::Quick`], on the first and the last kernel.
     Quick,
-    /// All tests that are not in [`Part::Quick`].
+    /// All tests, except the scenarios of [`Tier::Release`] on other kernels than the first and the last.
+    Ci,
+    /// The tests of [`Part::Ci`] that are not in [`Part::Quick`].
     Rest,
 }
 
@@ -69,8 +71,9 @@ impl Part {
         match name {
             "all" => Ok(Part::All),
             "quick" => Ok(Part::Quick),
+            "ci" => Ok(Part::Ci),
             "rest" => Ok(Part::Rest),
-            _ => Err(format!("SEALMOUNT_TESTS={name}: must be all, quick or rest").into()),
+            _ => Err(format!("SEALMOUNT_TESTS={name}: must be all, ci, quick or rest").into()),
         }
     }
 }
@@ -108,11 +111,14 @@ impl Suite {
         let ends = [kernel(self.tests.first()), kernel(self.tests.last())];
         self.tests.retain(|test| {
             let is_end = ends.iter().flatten().any(|end| Arc::ptr_eq(end, &test.kernel));
-            let is_quick = is_end && test.scenario.machine.tier == Tier::Quick;
+            let tier = test.scenario.machine.tier;
+            let is_quick = is_end && tier == Tier::Quick;
+            let is_ci = is_end || tier != Tier::Release;
             match part {
                 Part::All => true,
                 Part::Quick => is_quick,
-                Part::Rest => !is_quick,
+                Part::Ci => is_ci,
+                Part::Rest => is_ci && !is_quick,
             }
         });
     }
@@ -245,7 +251,7 @@ mod tests {
     use crate::host::kernels::Series;
 
     #[test]
-    fn quick_and_rest_are_all_tests_without_overlap() {
+    fn quick_and_rest_are_ci_without_overlap() {
         let series = |name| Wanted::Series(Series::parse(name).unwrap());
         let kernels = ["6.1", "6.12", "7.3"].map(series);
         let names = |part| {
@@ -253,25 +259,29 @@ mod tests {
             suite.keep(part);
             suite.tests.into_iter().map(|test| test.name).collect::<Vec<_>>()
         };
-        let (mut parts, mut all) = (names(Part::Quick), names(Part::All));
-        for (name, is_quick) in [
-            ("6.1::tree_without_copy_mounts_as_manifest", true),
-            ("7.3::tree_without_copy_mounts_as_manifest", true),
-            ("6.12::tree_without_copy_mounts_as_manifest", false),
-            ("7.3::parallel_mounts_all_get_loop_devices", false),
+        let has = |part, name| names(part).iter().any(|other| other == name);
+        for (name, parts) in [
+            ("6.1::tree_without_copy_mounts_as_manifest", [true, true, true]),
+            ("7.3::tree_without_copy_mounts_as_manifest", [true, true, true]),
+            ("6.12::tree_without_copy_mounts_as_manifest", [false, true, true]),
+            ("7.3::images_of_every_length_mount", [false, true, true]),
+            ("7.3::parallel_mounts_all_get_loop_devices", [false, true, true]),
+            ("6.12::parallel_mounts_all_get_loop_devices", [false, false, true]),
         ] {
-            assert_eq!(parts.iter().any(|other| other == name), is_quick, "{name}");
+            let found = [Part::Quick, Part::Ci, Part::All].map(|part| has(part, name));
+            assert_eq!(found, parts, "{name}");
         }
-        parts.extend(names(Part::Rest));
+        let mut parts = [names(Part::Quick), names(Part::Rest)].concat();
+        let mut ci = names(Part::Ci);
         parts.sort();
-        all.sort();
-        assert_eq!(parts, all);
+        ci.sort();
+        assert_eq!(parts, ci);
     }
 
     #[test]
     fn unknown_part_is_rejected() {
         assert_eq!(Part::named("rest").unwrap(), Part::Rest);
         let message = Part::named("fast").unwrap_err().to_string();
-        assert_eq!(message, "SEALMOUNT_TESTS=fast: must be all, quick or rest");
+        assert_eq!(message, "SEALMOUNT_TESTS=fast: must be all, ci, quick or rest");
     }
 }
