@@ -54,7 +54,7 @@ pub const SCENARIOS: &[Scenario] = &[
 
 static INJECTED: Machine = Machine {
     name: "injected",
-    tier: Tier::Release,
+    tier: Tier::Ci,
     on_faulty_kernels: false,
     on_large_pages: false,
     ..STANDARD

@@ -30,7 +30,7 @@ pub const SCENARIOS: &[Scenario] = &[Scenario {
 }];
 
 static PARALLEL: Machine =
-    Machine { name: "parallel", tier: Tier::Release, on_large_pages: false, ..SOLITARY };
+    Machine { name: "parallel", tier: Tier::Ci, on_large_pages: false, ..SOLITARY };
 
 const MOUNTS: usize = 64;
 const ROUNDS: usize = 10;

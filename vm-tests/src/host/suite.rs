@@ -52,7 +52,8 @@ pub enum Part {
     All,
     /// The scenarios of [`Tier::Quick`], on the first and the last kernel.
     Quick,
-    /// All tests, except the scenarios of [`Tier::Release`] on other kernels than the first and the last.
+    /// All tests, but the scenarios of [`Tier::Ci`] only on the first and the last kernel, and on kernels with
+    /// large pages.
     Ci,
     /// The tests of [`Part::Ci`] that are not in [`Part::Quick`].
     Rest,
@@ -113,7 +114,8 @@ impl Suite {
             let is_end = ends.iter().flatten().any(|end| Arc::ptr_eq(end, &test.kernel));
             let tier = test.scenario.machine.tier;
             let is_quick = is_end && tier == Tier::Quick;
-            let is_ci = is_end || tier != Tier::Release;
+            let has_large_pages = matches!(test.kernel.wanted, Wanted::LargePages(_));
+            let is_ci = is_end || has_large_pages || tier == Tier::Quick;
             match part {
                 Part::All => true,
                 Part::Quick => is_quick,
@@ -264,7 +266,6 @@ mod tests {
             ("6.1::tree_without_copy_mounts_as_manifest", [true, true, true]),
             ("7.3::tree_without_copy_mounts_as_manifest", [true, true, true]),
             ("6.12::tree_without_copy_mounts_as_manifest", [false, true, true]),
-            ("7.3::images_of_every_length_mount", [false, true, true]),
             ("7.3::parallel_mounts_all_get_loop_devices", [false, true, true]),
             ("6.12::parallel_mounts_all_get_loop_devices", [false, false, true]),
         ] {
