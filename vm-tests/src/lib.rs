@@ -35,7 +35,7 @@
 //! | `SEALMOUNT_VM_SERIES=6.1,7.3-arm64` | the series of Debian's kernels to fetch and run |
 //! | `SEALMOUNT_VM_JOBS=N` | number of machines to run at the same time |
 //! | `SEALMOUNT_TESTS=quick` | runs the scenarios of [`Tier::Quick`](machine::Tier::Quick) on the first and the last kernel |
-//! | `SEALMOUNT_TESTS=ci` | runs all tests, but [`Tier::Ci`](machine::Tier::Ci) only on the first and the last kernel, and on kernels with large pages |
+//! | `SEALMOUNT_TESTS=ci` | runs all tests, but [`Tier::Ci`](machine::Tier::Ci) only on the last kernel and on kernels with large pages |
 //! | `SEALMOUNT_TESTS=rest` | runs the tests of `ci` that are not in `quick` |
 //! | `SEALMOUNT_TESTS=all` | runs all tests (default) |
 //!

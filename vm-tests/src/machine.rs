@@ -46,9 +46,8 @@ pub enum Tier {
     /// `tests/run` boots the machine on the oldest and the newest kernel, `tests/run ci` on every
     /// kernel.
     Quick,
-    /// The machine needs half a minute or more under emulation. `tests/run ci` boots the machine on the oldest
-    /// kernel, on the newest kernel and on the kernel with large pages, and `tests/run release` on every
-    /// kernel.
+    /// The machine needs half a minute or more under emulation. `tests/run ci` boots the machine on the newest
+    /// kernel and on the kernel with large pages, and `tests/run release` on every kernel.
     Ci,
 }
 

@@ -52,8 +52,7 @@ pub enum Part {
     All,
     /// The scenarios of [`Tier::Quick`], on the first and the last kernel.
     Quick,
-    /// All tests, but the scenarios of [`Tier::Ci`] only on the first and the last kernel, and on kernels with
-    /// large pages.
+    /// All tests, but the scenarios of [`Tier::Ci`] only on the last kernel and on kernels with large pages.
     Ci,
     /// The tests of [`Part::Ci`] that are not in [`Part::Quick`].
     Rest,
@@ -109,13 +108,14 @@ impl Suite {
     /// Keeps the tests of a part.
     pub fn keep(&mut self, part: Part) {
         let kernel = |test: Option<&Test>| test.map(|test| test.kernel.clone());
-        let ends = [kernel(self.tests.first()), kernel(self.tests.last())];
+        let (first, last) = (kernel(self.tests.first()), kernel(self.tests.last()));
         self.tests.retain(|test| {
-            let is_end = ends.iter().flatten().any(|end| Arc::ptr_eq(end, &test.kernel));
+            let is =
+                |end: &Option<_>| end.as_ref().is_some_and(|end| Arc::ptr_eq(end, &test.kernel));
             let tier = test.scenario.machine.tier;
-            let is_quick = is_end && tier == Tier::Quick;
+            let is_quick = (is(&first) || is(&last)) && tier == Tier::Quick;
             let has_large_pages = matches!(test.kernel.wanted, Wanted::LargePages(_));
-            let is_ci = is_end || has_large_pages || tier == Tier::Quick;
+            let is_ci = is(&last) || has_large_pages || tier == Tier::Quick;
             match part {
                 Part::All => true,
                 Part::Quick => is_quick,
