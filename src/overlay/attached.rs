@@ -8,7 +8,6 @@
 use std::collections::BTreeSet;
 use std::ffi::{CStr, CString, OsString};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
@@ -23,9 +22,10 @@ use crate::kernel::fs_context::{FsContext, STRING_MAX};
 use crate::kernel::mount_table::{IMAGE, WHITEOUTS};
 use crate::kernel::private_namespace::{enter_scratch, open_clone};
 use crate::kernel::{KernelError, Operation};
-use crate::location::is_same_file;
 use crate::overlay::layers::{Layer, Layers};
 use crate::overlay::method::LayerMethod;
+use crate::overlay::reachable::{is_plain, path_to};
+use crate::overlay::upper_paths::{PARENT, UpperPaths};
 
 /// The two paths of a layer. At least one of them leads to the layer.
 struct LayerPath {
@@ -52,15 +52,9 @@ impl LayerPath {
         Ok(LayerPath { path, directory, clone })
     }
 
-    /// Returns the real path, if it holds no byte that overlayfs would interpret.
-    fn path_without(&self, special: &[u8]) -> Option<&Path> {
-        let bytes = self.path.as_ref()?.as_os_str().as_bytes();
-        if bytes.iter().any(|byte| special.contains(byte)) { None } else { self.path.as_deref() }
-    }
-
     /// Returns the real path, or the directory of the scratch.
     fn path(&self, special: &[u8], use_paths: bool) -> &Path {
-        let path = self.path_without(special).filter(|_| use_paths);
+        let path = self.path.as_deref().filter(|path| use_paths && is_plain(path, special));
         path.unwrap_or(Path::new(&self.directory))
     }
 }
@@ -70,8 +64,7 @@ pub(crate) struct AttachedLayers<'a> {
     /// The detached mount of the image.
     image: &'a OwnedFd,
     objects: Vec<LayerPath>,
-    /// upperdir and workdir
-    upper: Option<[LayerPath; 2]>,
+    upper: Option<UpperPaths>,
     /// The names that must not show in the root of the overlay.
     hidden: BTreeSet<CString>,
 }
@@ -85,13 +78,7 @@ impl<'a> AttachedLayers<'a> {
     ) -> Result<AttachedLayers<'a>, KernelError> {
         let objects = layers.objects.iter().enumerate();
         let objects = objects.map(|(number, layer)| LayerPath::new(layer, number.to_string()));
-        let upper = match &layers.upper {
-            Some(upper) => Some([
-                LayerPath::new(&upper.upperdir, "upper".into())?,
-                LayerPath::new(&upper.workdir, "work".into())?,
-            ]),
-            None => None,
-        };
+        let upper = layers.upper.as_ref().map(UpperPaths::new).transpose()?;
         let hidden = match methods.contains(&LayerMethod::LowerOnly) {
             true => names_to_hide(image, layers).map_err(whiteouts_error)?,
             false => BTreeSet::new(),
@@ -106,10 +93,13 @@ impl<'a> AttachedLayers<'a> {
         let failed = |errno| KernelError::new(Operation::AttachLayer, errno);
         enter_scratch(Operation::AttachLayer)?;
         attach_to(IMAGE, self.image).map_err(failed)?;
-        for paths in self.objects.iter().chain(self.upper.iter().flatten()) {
+        for paths in &self.objects {
             if let Some(clone) = &paths.clone {
                 attach_to(&paths.directory, clone).map_err(failed)?;
             }
+        }
+        if let Some(parent) = self.upper.as_ref().and_then(UpperPaths::parent) {
+            attach_to(PARENT, parent).map_err(failed)?;
         }
         if !self.hidden.is_empty() {
             self.make_whiteouts().map_err(whiteouts_error)?;
@@ -132,10 +122,10 @@ impl<'a> AttachedLayers<'a> {
         } else {
             context.set_string("lowerdir", self.lowerdir(method, use_paths))?;
         }
-        if let Some([upperdir, workdir]) = &self.upper {
-            // overlayfs unescapes both, and mount(2)'s parser splits at commas.
-            context.set_string("upperdir", upperdir.path(b"\\,", use_paths))?;
-            context.set_string("workdir", workdir.path(b"\\,", use_paths))?;
+        if let Some(upper) = &self.upper {
+            let [upperdir, workdir] = upper.get(use_paths);
+            context.set_string("upperdir", upperdir)?;
+            context.set_string("workdir", workdir)?;
         }
         Ok(())
     }
@@ -190,15 +180,6 @@ fn names_to_hide(image: &OwnedFd, layers: &Layers) -> Result<BTreeSet<CString>, 
 
 fn whiteouts_error(errno: Errno) -> KernelError {
     KernelError::new(Operation::MakeWhiteouts, errno)
-}
-
-/// Returns the given path of a layer, if the path still leads to the layer and is not too long for
-/// fsconfig(2).
-fn path_to(layer: &Layer) -> Option<PathBuf> {
-    let path = layer.location.absolute_path()?;
-    let reopened = openat(CWD, &path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
-    let fits = path.as_os_str().len() <= STRING_MAX;
-    (fits && is_same_file(reopened, &layer.fd).unwrap_or(false)).then_some(path)
 }
 
 /// Attaches a detached mount to a new directory of the scratch.

@@ -8,7 +8,9 @@ mod method;
 mod mounting;
 mod objects;
 mod options;
+mod reachable;
 mod stacking;
+mod upper_paths;
 
 use std::ffi::OsString;
 use std::ops::ControlFlow;
