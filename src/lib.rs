@@ -101,6 +101,7 @@
 //! | `zstd`, `xz` | decoders for compressed images (libzstd and liblzma, built from C) |
 //! | `gzip` | a decoder for compressed images (Rust) |
 //! | `cli` | the mount helper, without decoders |
+//! | `boot` | the module `boot`: the root file system of a system that boots from an image |
 //! | `helper` | the mount helper with all decoders: `cargo install sealmount --features helper` |
 //!
 //! [composefs]: https://github.com/composefs/composefs
@@ -108,6 +109,8 @@
 #![forbid(unsafe_code)]
 
 mod attach;
+#[cfg(feature = "boot")]
+pub mod boot;
 mod digest;
 mod erofs;
 mod error;

@@ -20,8 +20,8 @@ use Limit::{AtLeast, AtMost};
 const HELPER_SIZE_GROUP: &str = "MiB";
 const HELPER_SIZE: &str = "static helper";
 
-/// The size of commit 459fe72, 1.98 MiB, and 64 KiB.
-const HELPER_SIZE_MAX: f64 = 2.04;
+/// The size without the feature `boot`, at most 2.04 MiB, and 200 KiB for sealmount-setup-root.
+const HELPER_SIZE_MAX: f64 = 2.23;
 
 /// A figure of each round.
 struct Found {

@@ -358,6 +358,18 @@ pub enum Operation {
     /// mount_setattr(2) of an attached mount.
     #[error("change the attributes of the mount")]
     ChangeAttributes,
+    /// open_tree(2) with OPEN_TREE_CLONE and AT_RECURSIVE, of the disk or of the finished root file system.
+    #[error("clone the tree of mounts")]
+    CloneTree,
+    /// move_mount(2) of a directory of the root file system.
+    #[error("attach the directory of the root file system")]
+    AttachDirectory,
+    /// mkdir(2) and openat2(2) in the directory of a deployment.
+    #[error("open the directory of the deployment")]
+    OpenState,
+    /// getdents(2) in the directory of images.
+    #[error("find the image")]
+    FindImage,
     /// The system calls that write the options of a mount to a file in /run.
     #[error("record the options of the mount")]
     WriteRecord,

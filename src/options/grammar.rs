@@ -129,12 +129,8 @@ impl MountOptions {
             Some(MemoryKind::Ramfs) => text.value("copy", &[b"ramfs".to_vec()]),
             None => {}
         }
-        match self.size {
-            Some(SizeLimit::Bytes(bytes)) => text.value("size", &[bytes.to_string().into()]),
-            Some(SizeLimit::Percent(percent)) => {
-                text.value("size", &[format!("{percent}%").into()])
-            }
-            None => {}
+        if let Some(size) = self.size {
+            text.value("size", &[size.to_string().into()]);
         }
         if let Some(idmap) = &self.idmap {
             text.value("idmap", &[location_bytes(idmap)]);
@@ -579,24 +575,12 @@ fn verity(token: &Token) -> Result<Verity, OptionsError> {
 /// Parses a number of bytes, with k, m, g, t, p or e for powers of 1024, or a percentage, as tmpfs does.
 fn size_limit(token: &Token) -> Result<SizeLimit, OptionsError> {
     let value = token.value("size")?;
-    let limit = value.to_str().and_then(|text| {
-        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-        let (number, unit) = text.split_at(digits);
-        let shift = match unit {
-            "%" => return number.parse().ok().map(SizeLimit::Percent),
-            "" => 0,
-            "k" | "K" => 10,
-            "m" | "M" => 20,
-            "g" | "G" => 30,
-            "t" | "T" => 40,
-            "p" | "P" => 50,
-            "e" | "E" => 60,
-            _ => return None,
-        };
-        number.parse::<u64>().ok()?.checked_mul(1 << shift).map(SizeLimit::Bytes)
-    });
-    let expected = "a number of bytes, with suffix k, m, g, t, p or e, or a percentage";
-    limit.ok_or(OptionsError::BadValue { option: "size", value, expected })
+    let expected = SizeLimit::EXPECTED;
+    SizeLimit::from_text(value.as_bytes()).ok_or(OptionsError::BadValue {
+        option: "size",
+        value,
+        expected,
+    })
 }
 
 fn location_bytes(location: &Location) -> Vec<u8> {

@@ -36,6 +36,41 @@ pub enum SizeLimit {
     Percent(u32),
 }
 
+impl SizeLimit {
+    /// The description of the text, for messages.
+    pub(crate) const EXPECTED: &str =
+        "a number of bytes, with suffix k, m, g, t, p or e, or a percentage";
+
+    /// Parses the text of the option `size=`.
+    pub(crate) fn from_text(text: &[u8]) -> Option<SizeLimit> {
+        let text = std::str::from_utf8(text).ok()?;
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let shift = match unit {
+            "%" => return number.parse().ok().map(SizeLimit::Percent),
+            "" => 0,
+            "k" | "K" => 10,
+            "m" | "M" => 20,
+            "g" | "G" => 30,
+            "t" | "T" => 40,
+            "p" | "P" => 50,
+            "e" | "E" => 60,
+            _ => return None,
+        };
+        number.parse::<u64>().ok()?.checked_mul(1 << shift).map(SizeLimit::Bytes)
+    }
+}
+
+/// The text of the option `size=` of sealmount and of tmpfs.
+impl fmt::Display for SizeLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SizeLimit::Bytes(bytes) => bytes.fmt(f),
+            SizeLimit::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
+}
+
 /// The options of a copy: the argument of [`Image::copy`](crate::Image::copy).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

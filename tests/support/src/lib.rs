@@ -2,6 +2,8 @@
 //! bundled images and the mount table, deny permissions, and trace programs.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "composefs")]
+pub mod composefs;
 pub mod erofs;
 pub mod every_block;
 #[cfg(feature = "sandbox")]

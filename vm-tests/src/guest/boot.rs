@@ -10,7 +10,6 @@ use super::fixtures::{self, HELPER};
 use super::probe;
 use crate::binaries::Binaries;
 use crate::files::read;
-use crate::host::composefs::{Node, image, object_path};
 use crate::machine::{Disk, Format, Machine};
 use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
@@ -19,6 +18,7 @@ use sealmount::{Algorithm, Digest};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::Path;
+use test_support::composefs::{Node, image, object_path};
 use test_support::mountinfo::{loop_devices, mount_at};
 
 pub const SCENARIOS: &[Scenario] = &[
@@ -93,25 +93,30 @@ const IMAGE_KIB: u64 = 4 * IMAGE_BLOCKS as u64;
 /// The file system of the machine after its first stage.
 pub struct Root {
     objects: Vec<Vec<u8>>,
-    image: Vec<u8>,
+    pub image: Vec<u8>,
     pub digest: Digest,
 }
 
 const DIRECTORIES: [&str; 8] = ["dev", "mnt", "proc", "run", "sbin", "sys", "tmp", "usr"];
 
 fn root(binaries: &Binaries) -> Result<Root, Error> {
-    Root::new(binaries, vec![("usr/data".to_owned(), 0o644, data())])
+    Root::new(binaries, vec![("usr/data".to_owned(), 0o644, data())], &[])
 }
 
 impl Root {
-    /// Makes a root with vm-init and these files: path, mode and content.
-    pub fn new(binaries: &Binaries, mut files: Vec<(String, u16, Vec<u8>)>) -> Result<Root, Error> {
+    /// Makes a root with vm-init, these files (path, mode and content), and these directories.
+    pub fn new(
+        binaries: &Binaries,
+        mut files: Vec<(String, u16, Vec<u8>)>,
+        more: &[&str],
+    ) -> Result<Root, Error> {
         let init = fs::read(binaries.get("vm-tests", "vm-init")?)?;
         files.push(("sbin/init".to_owned(), 0o755, init));
         let directories = ["", &format!("mnt/{OBJECTS}"), &format!("mnt/{AFTER_BOOT}")]
             .map(|path| (path.to_owned(), Node::Directory));
         let mut tree = BTreeMap::from(directories);
-        tree.extend(DIRECTORIES.map(|path| (path.to_owned(), Node::Directory)));
+        let all = DIRECTORIES.iter().chain(more);
+        tree.extend(all.map(|path| (path.to_string(), Node::Directory)));
         for (path, mode, content) in &files {
             let parents = Path::new(path).ancestors().skip(1);
             tree.extend(parents.map(|path| (path.display().to_string(), Node::Directory)));
@@ -134,9 +139,14 @@ impl Root {
 
     /// Fills a disk with the objects.
     pub fn fill_disk(&self, disk: &Path) -> Result<(), Error> {
+        self.fill_objects(&disk.join("objects"))
+    }
+
+    /// Fills an object directory.
+    pub fn fill_objects(&self, objects: &Path) -> Result<(), Error> {
         for content in &self.objects {
             let digest = Digest::of_bytes(Algorithm::Sha256, content);
-            let object = disk.join("objects").join(object_path(&digest));
+            let object = objects.join(object_path(&digest));
             fs::create_dir_all(object.parent().ok_or("the path of an object has no directory")?)?;
             fs::write(object, content)?;
         }
@@ -145,12 +155,12 @@ impl Root {
 }
 
 /// Returns content without two equal blocks.
-fn data() -> Vec<u8> {
+pub fn data() -> Vec<u8> {
     (0..50_000u32).flat_map(u32::to_le_bytes).collect()
 }
 
 /// Returns a note of the first stage, or `None` if the stage did not write it.
-fn note(name: &str) -> Option<String> {
+pub fn note(name: &str) -> Option<String> {
     fs::read_to_string(Path::new(NOTES).join(name)).ok()
 }
 

@@ -1,6 +1,7 @@
 //! Runs the first stage: process 1 of an initramfs, after vm-init loaded the modules.
 
 use super::boot::{DIGEST, IMAGE, NO_VERITY, NOTES, OBJECTS};
+use super::setup_root::{PROGRAM, SETUP_ROOT};
 use super::system;
 use crate::machine::Format;
 use crate::scenario::Guest;
@@ -31,7 +32,8 @@ fn boot() -> Result<Infallible, Error> {
     fs::create_dir(NOTES)?;
     let guest = Guest::here();
     let disk = guest.mount_disk(OBJECTS, Format::Ext4Verity, MountFlags::empty())?;
-    let objects = disk.join("objects");
+    let sets_up_root = guest.command_line(SETUP_ROOT).is_some();
+    let objects = disk.join(if sets_up_root { "composefs/objects" } else { "objects" });
     for prefix in fs::read_dir(&objects)? {
         for object in fs::read_dir(prefix?.path())? {
             let object = File::open(object?.path())?;
@@ -43,6 +45,10 @@ fn boot() -> Result<Infallible, Error> {
                 }
             }
         }
+    }
+    if sets_up_root {
+        set_up_root(&guest, &disk)?;
+        return switch_root();
     }
     mount_root(&guest, &objects)?;
     // The root keeps the file system in use, but must not need this mount.
@@ -62,6 +68,31 @@ fn mount_root(guest: &Guest, objects: &Path) -> Result<(), Error> {
         stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         eprint!("{stderr}");
         note(name, format_args!("{}\n{stderr}", output.status))?;
+        if output.status.success() {
+            return Ok(());
+        }
+    }
+    Err(stderr.into())
+}
+
+/// Runs sealmount-setup-root, first with the kernel command line. On a kernel without fs-verity, that fails, and
+/// the second run does not require fs-verity.
+fn set_up_root(guest: &Guest, disk: &Path) -> Result<(), Error> {
+    let digest = guest.command_line("composefs").ok_or("the kernel command line has no digest")?;
+    mount_move(disk, "/sysroot").context(|| "cannot move the disk".into())?;
+    let mut stderr = String::new();
+    for (name, command_line) in
+        [("setup", None), ("optional", Some(format!("composefs=?{digest}")))]
+    {
+        let mut command = Command::new(PROGRAM);
+        if let Some(command_line) = command_line {
+            command.args(["--cmdline", &command_line]);
+        }
+        let output = command.output().context(|| format!("cannot run {PROGRAM}"))?;
+        stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        eprint!("{stdout}{stderr}");
+        note(name, format_args!("{}\n{stdout}{stderr}", output.status))?;
         if output.status.success() {
             return Ok(());
         }

@@ -36,6 +36,7 @@ mod parallel;
 mod probe;
 mod remount;
 mod scenarios;
+mod setup_root;
 mod source_released;
 mod stacking;
 mod stages;

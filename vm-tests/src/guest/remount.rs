@@ -73,7 +73,7 @@ fn root(binaries: &Binaries) -> Result<Root, Error> {
     let fstab =
         format!("{IMAGE} / composefs defaults,nodev,basedir=/mnt/{OBJECTS}/objects,nofail 0 1\n");
     files.push(("etc/fstab".into(), 0o644, fstab.into()));
-    Root::new(binaries, files)
+    Root::new(binaries, files, &[])
 }
 
 /// Returns the flags of a mount, then of its superblock.

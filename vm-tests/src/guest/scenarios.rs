@@ -2,8 +2,8 @@
 
 use super::{
     basics, boot, cgroup, copies, digest, fallbacks, fault_injection, image_lengths, missing,
-    nested, object_checks, objects, parallel, probe, remount, source_released, stacking, stages,
-    swap, trees, verity,
+    nested, object_checks, objects, parallel, probe, remount, setup_root, source_released,
+    stacking, stages, swap, trees, verity,
 };
 use crate::scenario::Scenario;
 
@@ -27,6 +27,7 @@ pub fn scenarios() -> impl Iterator<Item = &'static Scenario> + Clone {
         nested::SCENARIOS,
         object_checks::SCENARIOS,
         boot::SCENARIOS,
+        setup_root::SCENARIOS,
         remount::SCENARIOS,
         parallel::SCENARIOS,
         missing::SCENARIOS,

@@ -2,7 +2,6 @@
 
 mod accelerator;
 mod apt;
-pub mod composefs;
 mod cpio;
 mod disks;
 mod initramfs;

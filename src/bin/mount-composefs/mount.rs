@@ -1,21 +1,21 @@
-//! mount.composefs, the mount helper: arguments, messages and exit status of mount(8)'s protocol.
-//! The library does the work.
-#![forbid(unsafe_code)]
+//! mount.composefs, the mount helper: arguments and messages of mount(8)'s protocol.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use lexopt::{Arg, Parser};
-use rustix::process::{getegid, geteuid, getgid, getuid};
 use sealmount::{
-    AttachedMount, CheckReport, Error, ErrorKind, Event, MountOptions, ObjectCheck, RemountOptions,
-    enter_mount_namespace, open_mount_point,
+    AttachedMount, Error, Event, MountOptions, ObjectCheck, RemountOptions, enter_mount_namespace,
+    open_mount_point,
 };
+
+use crate::program::{Failure, one_line, print, print_error};
+
+pub const NAME: &str = "mount.composefs";
 
 const USAGE: &str = "\
 Usage: mount.composefs [-sfnv] [-N NAMESPACE] -o basedir=PATH[,OPTION...] IMAGE DIRECTORY
@@ -57,139 +57,11 @@ Options:
 
 The manual page mount.composefs(8) describes them all.";
 
-/// Exit statuses of mount(8).
-#[derive(Clone, Copy)]
-#[repr(u8)]
-enum Status {
-    Usage = 1,
-    System = 2,
-    InternalBug = 4,
-    MountFailure = 32,
-}
-
-/// A message for the caller, and the exit status.
-struct Failure {
-    status: Status,
-    message: String,
-    /// More lines below the message.
-    details: Vec<String>,
-    hint: Option<&'static str>,
-}
-
-impl Failure {
-    fn usage(message: impl Into<String>) -> Failure {
-        let hint = Some("see mount.composefs --help");
-        Failure { status: Status::Usage, message: message.into(), details: Vec::new(), hint }
-    }
-}
-
-impl<E: Into<Error>> From<E> for Failure {
-    fn from(error: E) -> Failure {
-        let error = error.into();
-        let status = match error.kind() {
-            ErrorKind::InvalidOptions | ErrorKind::PermissionDenied => Status::Usage,
-            ErrorKind::OutOfMemory | ErrorKind::LimitExceeded | ErrorKind::Busy => Status::System,
-            _ => Status::MountFailure,
-        };
-        let hint = error.hint().map(|hint| hint.for_options());
-        let details = error.check_report().map_or_else(Vec::new, failed_objects);
-        Failure { status, message: error.to_string(), details, hint }
-    }
-}
-
-/// Returns whether the caller may have fewer privileges than this process. AT_SECURE alone is not enough:
-/// SELinux sets it for root too, if a program enters another domain.
-fn has_privileges_of_its_file() -> bool {
-    getuid() != geteuid()
-        || getgid() != getegid()
-        || !getuid().is_root() && sealmount_sys::is_secure_execution()
-}
-
-fn main() -> ExitCode {
-    std::panic::set_hook(Box::new(|panic| {
-        say(&format_args!("internal bug, please report it: {panic}"));
-        std::process::exit(Status::InternalBug as i32);
-    }));
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            say(&failure.message);
-            failure.details.iter().for_each(|line| print_error(&format!("  {line}\n")));
-            if let Some(hint) = failure.hint {
-                print_error(&format!("  hint: {hint}\n"));
-            }
-            ExitCode::from(failure.status as u8)
-        }
-    }
-}
-
-/// Prints to stderr, and ignores a failure: eprintln! would panic if the reader is gone or the disk full.
-fn print_error(text: &str) {
-    let _ = io::stderr().write_all(text.as_bytes());
-}
-
-/// Returns lines about the objects that fail a check, about each kind of problem, and the totals.
-fn failed_objects(report: &CheckReport) -> Vec<String> {
-    let mut lines: Vec<String> = report.failures.iter().map(ToString::to_string).collect();
-    let more = report.failed - report.failures.len() as u64;
-    if more > 0 {
-        lines.push(format!("… and {more} more objects: the list is not complete"));
-    }
-    let by_kind = report.failed_by_kind.iter().map(|(kind, count)| format!("{count} {kind}"));
-    lines.push(format!("failed: {}", by_kind.collect::<Vec<_>>().join(", ")));
-    lines.push(report.to_string());
-    lines
-}
-
-/// Prints one line. Control characters are escaped: arguments may hold any.
-fn say(text: &dyn Display) {
-    let mut line = String::from("mount.composefs: ");
-    for character in text.to_string().chars() {
-        match character {
-            control if control.is_control() => {
-                line.push_str(&format!("\\x{:02x}", u32::from(control)));
-            }
-            // Line separators, and characters that reverse the direction of text.
-            '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
-                line.push_str(&format!("\\u{{{:x}}}", u32::from(character)));
-            }
-            plain => line.push(plain),
-        }
-    }
-    line.push('\n');
-    print_error(&line);
-}
-
-fn run() -> Result<(), Failure> {
-    if has_privileges_of_its_file() {
-        return Err(Failure {
-            status: Status::Usage,
-            message:
-                "mount.composefs: cannot serve this user: installed set-user-ID, set-group-ID or \
-                      with file capabilities"
-                    .into(),
-            details: Vec::new(),
-            hint: Some(
-                "remove the set-ID bits or capabilities: mount.composefs trusts every path and option of \
-                 its caller, so only root may run it",
-            ),
-        });
-    }
+pub fn run() -> Result<(), Failure> {
     let arguments = match Command::parse(Parser::from_env()) {
         Ok(Command::Mount(arguments)) => arguments,
-        Ok(Command::Print(text)) => {
-            return match writeln!(io::stdout(), "{text}") {
-                // A reader that closes the pipe has read enough.
-                Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure {
-                    status: Status::System,
-                    message: format!("standard output: cannot write: {error}"),
-                    details: Vec::new(),
-                    hint: None,
-                }),
-                _ => Ok(()),
-            };
-        }
-        Err(error) => return Err(Failure::usage(error.to_string())),
+        Ok(Command::Print(text)) => return print(text),
+        Err(error) => return Err(Failure::usage(error.to_string(), "see mount.composefs --help")),
     };
     match RemountOptions::is_requested(&arguments.options)? {
         true => remount(&arguments),
@@ -358,7 +230,7 @@ impl Arguments {
     /// Prints one line, with `-v` only.
     fn say(&self, text: &dyn Display) {
         if self.verbose {
-            say(text);
+            print_error(&format!("{NAME}: {}\n", one_line(text)));
         }
     }
 
