@@ -1,6 +1,6 @@
 //! The paths of an upper layer, for kernels that do not accept its descriptors (Linux < 6.13).
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -40,14 +40,10 @@ impl UpperPaths {
             [Some(upperdir), Some(workdir)] => Some([upperdir, workdir]),
             _ => None,
         };
-        let parent = match clone_of_parent(layers.map(|layer| &layer.fd)) {
-            Ok(parent) => Some(parent),
-            Err(_) if real.is_some() => None,
-            Err(errno) => {
-                let error = KernelError::new(Operation::AttachLayer, errno);
-                return Err(error.on(upper.upperdir.path()));
-            }
-        };
+        let parent = clone_of_parent(layers.map(|layer| &layer.fd), real.as_ref());
+        let parent = parent.map_err(|errno| {
+            KernelError::new(Operation::AttachLayer, errno).on(upper.upperdir.path())
+        })?;
         Ok(UpperPaths { real, parent })
     }
 
@@ -68,48 +64,65 @@ impl UpperPaths {
 }
 
 /// Clones the mount of two directories at their common parent. Returns the clone and the paths of the
-/// directories in the scratch.
-fn clone_of_parent(directories: [&OwnedFd; 2]) -> Result<(OwnedFd, [PathBuf; 2]), Errno> {
+/// directories in the scratch. Returns `None` if there is no such clone and the real paths can serve.
+fn clone_of_parent(
+    directories: [&OwnedFd; 2],
+    real: Option<&[PathBuf; 2]>,
+) -> Result<Option<(OwnedFd, [PathBuf; 2])>, Errno> {
     let [parent, other] = directories.map(parent_of);
-    let parent = parent?;
-    if !is_same_file(&parent, other?)? {
-        return Err(Errno::XDEV);
+    let (Some(parent), Some(other)) = (parent?, other?) else {
+        return real.map(|_| None).ok_or(Errno::XDEV);
+    };
+    if !is_same_file(&parent, other)? {
+        return real.map(|_| None).ok_or(Errno::XDEV);
     }
     let mut paths = [PathBuf::new(), PathBuf::new()];
-    for (path, directory) in paths.iter_mut().zip(directories) {
-        let name = name_in(&parent, directory)?;
-        *path = Path::new(PARENT).join(OsStr::from_bytes(name.to_bytes()));
+    for (number, directory) in directories.into_iter().enumerate() {
+        let name = name_in(&parent, directory, real.and_then(|paths| paths[number].file_name()))?;
+        paths[number] = Path::new(PARENT).join(OsStr::from_bytes(name.to_bytes()));
     }
-    Ok((open_clone(&parent)?, paths))
+    match open_clone(&parent) {
+        // The layers were opened in another mount namespace, or their mount must not be cloned.
+        Err(Errno::INVAL) if real.is_some() => Ok(None),
+        clone => Ok(Some((clone?, paths))),
+    }
 }
 
-/// Opens the parent of a directory, which must be on the same mount.
-fn parent_of(directory: &OwnedFd) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+/// Opens the parent of a directory. Returns `None` for the root of a mount.
+fn parent_of(directory: &OwnedFd) -> Result<Option<OwnedFd>, Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let parent = openat(directory, "..", flags, Mode::empty())?;
     let mount_id = |fd: &OwnedFd| {
         statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID).map(|statx| statx.stx_mnt_id)
     };
-    match mount_id(&parent)? == mount_id(directory)? && !is_same_file(&parent, directory)? {
-        true => Ok(parent),
-        // The directory is the root of its mount.
-        false => Err(Errno::XDEV),
-    }
+    let is_below = mount_id(&parent)? == mount_id(directory)? && !is_same_file(&parent, directory)?;
+    Ok(is_below.then_some(parent))
 }
 
-/// Returns the name of a directory in its parent.
-fn name_in(parent: &OwnedFd, directory: &OwnedFd) -> Result<CString, Errno> {
+/// Returns the name of a directory in its parent. The last part of the real path is not the name if it is
+/// a symbolic link.
+fn name_in(
+    parent: &OwnedFd,
+    directory: &OwnedFd,
+    of_path: Option<&OsStr>,
+) -> Result<CString, Errno> {
     let wanted = rustix::fs::fstat(directory)?;
-    for entry in Dir::read_from(parent)? {
-        let name = entry?.file_name().to_owned();
-        if [&b"."[..], b".."].contains(&name.to_bytes())
-            || name.to_bytes().iter().any(|byte| SPECIAL.contains(byte))
-        {
-            continue;
-        }
-        let found = statat(parent, &name, AtFlags::SYMLINK_NOFOLLOW);
-        if found.is_ok_and(|found| (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino)) {
-            return Ok(name);
+    let is_name = |name: &CStr| match statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => Ok(false),
+        found => found.map(|found| (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino)),
+    };
+    if let Some(name) = of_path.and_then(|name| CString::new(name.as_bytes()).ok())
+        && is_name(&name)?
+    {
+        return Ok(name);
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    for entry in Dir::new(openat(parent, ".", flags, Mode::empty())?)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let is_special = name.to_bytes().iter().any(|byte| SPECIAL.contains(byte));
+        if ![c".", c".."].contains(&name) && !is_special && is_name(name)? {
+            return Ok(name.to_owned());
         }
     }
     Err(Errno::NOENT)
