@@ -12,7 +12,8 @@ use crate::boot::disk::is_mount_root;
 use crate::boot::error::SetupError;
 use crate::kernel::{KernelError, Operation};
 
-/// The directory of the second mount of the disk, below its parents. systemd unmounts it last, because it is below /run/initramfs.
+/// The directory of the second mount of the disk, below its parents. systemd unmounts it last, because it is
+/// below /run/initramfs.
 const KEPT_DISK: [&str; 3] =
     ["/run/initramfs", "/run/initramfs/sealmount", "/run/initramfs/sealmount/disk"];
 

@@ -19,7 +19,7 @@ use crate::boot::config::{DirectoryMount, RootConfig};
 use crate::boot::disk::{Deployment, Disk, LayerDirectories, clone_tree};
 use crate::boot::error::SetupError;
 use crate::kernel::fs_context::FsContext;
-use crate::kernel::private_namespace::open_clone;
+use crate::kernel::private_namespace::{attach_in_scratch, open_clone};
 use crate::kernel::{KernelError, Operation};
 use crate::source::SizeLimit;
 
@@ -158,10 +158,7 @@ fn directory_of(root: &OwnedFd, name: &'static str) -> Result<Option<OwnedFd>, K
 
 /// Attaches a detached mount to a new directory of the scratch.
 fn attach(mount: &OwnedFd, directory: &'static str) -> Result<(), KernelError> {
-    mkdirat(CWD, directory, Mode::RWXU)
-        .and_then(|()| {
-            move_mount(mount, "", CWD, directory, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        })
+    attach_in_scratch(directory, mount)
         .map_err(|errno| failed(Operation::AttachDirectory, directory, errno))
 }
 

@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, mkdirat};
 use rustix::io::Errno;
 use rustix::mount::{
     MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount,
@@ -56,6 +56,12 @@ pub(crate) fn enter_scratch(operation: Operation) -> Result<(), KernelError> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     move_mount(&scratch, "", CWD, "/", flags).map_err(failed)?;
     rustix::process::fchdir(&scratch).map_err(failed)
+}
+
+/// Attaches a detached mount to a new directory of the scratch.
+pub(crate) fn attach_in_scratch(directory: &str, mount: impl AsFd) -> Result<(), Errno> {
+    mkdirat(CWD, directory, Mode::RWXU)?;
+    move_mount(mount, "", CWD, directory, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }
 
 /// A private mount namespace with one mount in it, kept by a descriptor.

@@ -16,11 +16,10 @@ use rustix::fs::{
 };
 use rustix::fs::{Gid, Uid};
 use rustix::io::Errno;
-use rustix::mount::{MoveMountFlags, move_mount};
 
 use crate::kernel::fs_context::{FsContext, STRING_MAX};
 use crate::kernel::mount_table::{IMAGE, WHITEOUTS};
-use crate::kernel::private_namespace::{enter_scratch, open_clone};
+use crate::kernel::private_namespace::{attach_in_scratch, enter_scratch, open_clone};
 use crate::kernel::{KernelError, Operation};
 use crate::overlay::layers::{Layer, Layers};
 use crate::overlay::method::LayerMethod;
@@ -92,14 +91,14 @@ impl<'a> AttachedLayers<'a> {
     pub fn attach(&self) -> Result<(), KernelError> {
         let failed = |errno| KernelError::new(Operation::AttachLayer, errno);
         enter_scratch(Operation::AttachLayer)?;
-        attach_to(IMAGE, self.image).map_err(failed)?;
+        attach_in_scratch(IMAGE, self.image).map_err(failed)?;
         for paths in &self.objects {
             if let Some(clone) = &paths.clone {
-                attach_to(&paths.directory, clone).map_err(failed)?;
+                attach_in_scratch(&paths.directory, clone).map_err(failed)?;
             }
         }
         if let Some(parent) = self.upper.as_ref().and_then(UpperPaths::parent) {
-            attach_to(PARENT, parent).map_err(failed)?;
+            attach_in_scratch(PARENT, parent).map_err(failed)?;
         }
         if !self.hidden.is_empty() {
             self.make_whiteouts().map_err(whiteouts_error)?;
@@ -180,12 +179,6 @@ fn names_to_hide(image: &OwnedFd, layers: &Layers) -> Result<BTreeSet<CString>, 
 
 fn whiteouts_error(errno: Errno) -> KernelError {
     KernelError::new(Operation::MakeWhiteouts, errno)
-}
-
-/// Attaches a detached mount to a new directory of the scratch.
-pub(crate) fn attach_to(directory: &str, mount: &OwnedFd) -> Result<(), Errno> {
-    mkdirat(CWD, directory, Mode::RWXU)?;
-    move_mount(mount, "", CWD, directory, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
 }
 
 fn open_readable(directory: impl AsFd, path: &str) -> Result<OwnedFd, Errno> {

@@ -16,8 +16,8 @@ use rustix::mount::MountAttrFlags;
 
 use crate::kernel::fs_context::FsContext;
 use crate::kernel::mount_table::IMAGE;
+use crate::kernel::private_namespace::attach_in_scratch;
 use crate::kernel::{KernelError, Operation};
-use crate::overlay::attached::attach_to;
 
 /// The result of a trial overlay on a finished mount.
 #[derive(Clone, Debug)]
@@ -84,7 +84,7 @@ pub(crate) fn try_in_scratch(path: &Path) -> Stacking {
     let trial = || {
         mkdirat(CWD, "empty", Mode::RWXU).map_err(failed)?;
         let first = overlay(format!("{IMAGE}:empty"))?.mount(MountAttrFlags::empty())?;
-        attach_to("first", &first).map_err(failed)?;
+        attach_in_scratch("first", &first).map_err(failed)?;
         overlay("first:empty".to_owned()).map(drop)
     };
     Stacking::of(trial(), path)
