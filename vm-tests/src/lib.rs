@@ -34,8 +34,8 @@
 //! | `SEALMOUNT_VM_KERNELS=DIR[:DIR…]` | runs the kernels in these directories and fetches no kernel. Each directory holds a `vmlinuz*`, `bzImage`, `Image` or `Image.gz`, also in `boot/`, and modules, if any, in `lib/modules/RELEASE`. The image selects the architecture: x86-64 or arm64 |
 //! | `SEALMOUNT_VM_SERIES=6.1,7.3-arm64` | the series of Debian's kernels to fetch and run |
 //! | `SEALMOUNT_VM_JOBS=N` | number of machines to run at the same time |
-//! | `SEALMOUNT_TESTS=quick` | runs the scenarios of [`Tier::Quick`](machine::Tier::Quick) on the first and the last kernel |
-//! | `SEALMOUNT_TESTS=ci` | runs all tests, but [`Tier::Ci`](machine::Tier::Ci) only on the last kernel and on kernels with large pages |
+//! | `SEALMOUNT_TESTS=quick` | runs all scenarios except [`Tier::Ci`](machine::Tier::Ci) on the first and the last kernel |
+//! | `SEALMOUNT_TESTS=ci` | also runs all scenarios on the last kernel and on kernels with large pages, and the scenarios of [`Tier::Quick`](machine::Tier::Quick) on the other kernels |
 //! | `SEALMOUNT_TESTS=rest` | runs the tests of `ci` that are not in `quick` |
 //! | `SEALMOUNT_TESTS=all` | runs all tests (default) |
 //!

@@ -43,9 +43,12 @@ pub struct Machine {
 /// The commands that boot a machine. SEALMOUNT_TESTS selects scenarios by the tier of their machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tier {
-    /// `tests/run` boots the machine on the oldest and the newest kernel, `tests/run ci` on every
-    /// kernel.
+    /// The result differs between kernels. `tests/run` boots the machine on the oldest and the newest kernel,
+    /// `tests/run ci` on every kernel.
     Quick,
+    /// `tests/run` and `tests/run ci` boot the machine on the oldest and the newest kernel, `tests/run ci` also on
+    /// the kernel with large pages, and `tests/run release` on every kernel.
+    Ends,
     /// The machine needs half a minute or more under emulation. `tests/run ci` boots the machine on the newest
     /// kernel and on the kernel with large pages, and `tests/run release` on every kernel.
     Ci,

@@ -4,7 +4,7 @@ use super::machines::{CONTENT, STANDARD};
 use super::{fixtures, probe};
 use crate::Error;
 use crate::files::read;
-use crate::machine::{Format, Machine};
+use crate::machine::{Format, Machine, Tier};
 use crate::scenario::{Guest, Scenario};
 use rustix::mount::MountFlags;
 use sealmount::Algorithm;
@@ -49,6 +49,7 @@ static BARE: Machine = Machine::BARE;
 
 static TAKES_OVER: Machine = Machine {
     name: "takes-over",
+    tier: Tier::Ends,
     files: |binaries, root| binaries.install("vm-tests", "vm-init", &root.join("sbin/init")),
     command_line: |_| Ok("vm-tests.word=given".into()),
     takes_over: Some("/sbin/init"),

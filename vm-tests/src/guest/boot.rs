@@ -10,7 +10,7 @@ use super::fixtures::{self, HELPER};
 use super::probe;
 use crate::binaries::Binaries;
 use crate::files::read;
-use crate::machine::{Disk, Format, Machine};
+use crate::machine::{Disk, Format, Machine, Tier};
 use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::mount::MountFlags;
@@ -59,6 +59,7 @@ pub static BOOTS: Machine = Machine {
 
 static WRONG_DIGEST: Machine = Machine {
     name: "boot-wrong-digest",
+    tier: Tier::Ends,
     command_line: |binaries| {
         let digest = root(binaries)?.digest.to_string();
         let (rest, last) = digest.split_at(digest.len() - 1);

@@ -2,7 +2,7 @@
 //! image has this digest.
 
 use super::fixtures::{self, Fixture, V1, V2};
-use super::machines::STANDARD;
+use super::machines::{CONTENTS, STANDARD};
 use super::mounted::{self, MEMORIES, Traces, with_copy, with_digest, with_verity};
 use super::probe;
 use crate::files::copy;
@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "digest_with_fs_verity_uses_kernel",
-        machine: &STANDARD,
+        machine: &CONTENTS,
         time_limit: Scenario::TIME_LIMIT,
         run: digest_with_fs_verity_uses_kernel,
     },
@@ -31,13 +31,13 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "digest_without_fs_verity_uses_copy",
-        machine: &STANDARD,
+        machine: &CONTENTS,
         time_limit: Scenario::TIME_LIMIT,
         run: digest_without_fs_verity_uses_copy,
     },
     Scenario {
         name: "digest_rejects_single_bit_change",
-        machine: &STANDARD,
+        machine: &CONTENTS,
         time_limit: Scenario::TIME_LIMIT,
         run: digest_rejects_single_bit_change,
     },

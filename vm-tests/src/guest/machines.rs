@@ -3,7 +3,7 @@
 use super::fixtures::{self, HELPER};
 use crate::Error;
 use crate::binaries::Binaries;
-use crate::machine::{Disk, Format, Machine};
+use crate::machine::{Disk, Format, Machine, Tier};
 use std::fs;
 use std::path::Path;
 
@@ -40,8 +40,13 @@ pub static STANDARD: Machine = Machine {
     ..Machine::BARE
 };
 
+/// The machine of long scenarios about the image and the objects. Middle kernels do not change their result.
+pub static CONTENTS: Machine =
+    Machine { name: "contents", tier: Tier::Ends, on_faulty_kernels: false, ..STANDARD };
+
 /// The machine of scenarios that overwrite its disks.
-pub static ERASED: Machine = Machine { name: "erased", on_faulty_kernels: false, ..STANDARD };
+pub static ERASED: Machine =
+    Machine { name: "erased", tier: Tier::Ends, on_faulty_kernels: false, ..STANDARD };
 
 /// The machine of scenarios that remove or exhaust a resource that other scenarios need, and restore
 /// it.
@@ -55,6 +60,7 @@ pub static SOLITARY: Machine = Machine {
         Disk { name: "images", format: Format::Ext4, size_mib: 64, fill: fixtures::fill },
         Disk { name: "swap", format: Format::Blank, size_mib: 128, fill: |_, _| Ok(()) },
     ],
+    tier: Tier::Ends,
     on_large_pages: true,
     ..Machine::BARE
 };

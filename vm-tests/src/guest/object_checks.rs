@@ -1,7 +1,7 @@
 //! Checks every object before a mount, with the kernel's fs-verity: `check=all` and `check=content`.
 
 use super::fixtures::{self, Fixture, V1, V2};
-use super::machines::STANDARD;
+use super::machines::CONTENTS;
 use super::mounted::{self, Traces, with_verity};
 use super::probe;
 use super::verity::can_verify;
@@ -18,13 +18,13 @@ use std::path::{Path, PathBuf};
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "check_all_reports_bad_objects",
-        machine: &STANDARD,
+        machine: &CONTENTS,
         time_limit: Scenario::TIME_LIMIT,
         run: |guest| check(guest, ObjectCheck::All),
     },
     Scenario {
         name: "check_content_reports_bad_objects",
-        machine: &STANDARD,
+        machine: &CONTENTS,
         time_limit: Scenario::TIME_LIMIT,
         run: |guest| check(guest, ObjectCheck::Content),
     },

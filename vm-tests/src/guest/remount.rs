@@ -7,7 +7,7 @@ use super::machines::STANDARD;
 use super::mounted::{TREE, mount_with_helper};
 use super::{probe, system};
 use crate::binaries::Binaries;
-use crate::machine::{Disk, Format, Machine};
+use crate::machine::{Disk, Format, Machine, Tier};
 use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::fs::{Mode, OFlags, open};
@@ -41,6 +41,7 @@ pub const SCENARIOS: &[Scenario] = &[
 /// A machine whose root has an fstab, mount(8), systemd-remount-fs and the helper.
 static SYSTEMD: Machine = Machine {
     name: "remount-root",
+    tier: Tier::Ends,
     files: |binaries, initramfs| root(binaries)?.fill_initramfs(binaries, initramfs),
     disks: &[Disk {
         name: OBJECTS,

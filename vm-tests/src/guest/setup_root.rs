@@ -5,7 +5,7 @@ use super::boot::{BOOTS, IMAGE, NO_VERITY, OBJECTS, Root, data, note};
 use super::fixtures::HELPER;
 use super::probe;
 use crate::binaries::Binaries;
-use crate::machine::{Disk, Format, Machine};
+use crate::machine::{Disk, Format, Machine, Tier};
 use crate::scenario::{Guest, Scenario};
 use crate::{Context, Error};
 use rustix::mount::{MountFlags, mount_remount};
@@ -91,6 +91,7 @@ static TRANSIENT: Machine = Machine {
 
 static WRONG_DIGEST: Machine = Machine {
     name: "setup-root-wrong-digest",
+    tier: Tier::Ends,
     command_line: |_| Ok(format!("composefs={} {SETUP_ROOT}=1", "0".repeat(64))),
     files: SETS_UP_ROOT.files,
     disks: SETS_UP_ROOT.disks,

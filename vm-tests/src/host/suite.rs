@@ -50,9 +50,10 @@ pub struct Suite {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     All,
-    /// The scenarios of [`Tier::Quick`], on the first and the last kernel.
+    /// The scenarios of [`Tier::Quick`] and [`Tier::Ends`], on the first and the last kernel.
     Quick,
-    /// All tests, but the scenarios of [`Tier::Ci`] only on the last kernel and on kernels with large pages.
+    /// The tests of [`Part::Quick`], the scenarios of [`Tier::Quick`] on every kernel, and all scenarios on the last
+    /// kernel and on kernels with large pages.
     Ci,
     /// The tests of [`Part::Ci`] that are not in [`Part::Quick`].
     Rest,
@@ -113,9 +114,10 @@ impl Suite {
             let is =
                 |end: &Option<_>| end.as_ref().is_some_and(|end| Arc::ptr_eq(end, &test.kernel));
             let tier = test.scenario.machine.tier;
-            let is_quick = (is(&first) || is(&last)) && tier == Tier::Quick;
+            let is_end = is(&first) || is(&last);
+            let is_quick = is_end && tier != Tier::Ci;
             let has_large_pages = matches!(test.kernel.wanted, Wanted::LargePages(_));
-            let is_ci = is(&last) || has_large_pages || tier == Tier::Quick;
+            let is_ci = is(&last) || has_large_pages || is_quick || tier == Tier::Quick;
             match part {
                 Part::All => true,
                 Part::Quick => is_quick,
@@ -268,6 +270,8 @@ mod tests {
             ("6.12::tree_without_copy_mounts_as_manifest", [false, true, true]),
             ("7.3::parallel_mounts_all_get_loop_devices", [false, true, true]),
             ("6.12::parallel_mounts_all_get_loop_devices", [false, false, true]),
+            ("6.1::check_all_reports_bad_objects", [true, true, true]),
+            ("6.12::check_all_reports_bad_objects", [false, false, true]),
         ] {
             let found = [Part::Quick, Part::Ci, Part::All].map(|part| has(part, name));
             assert_eq!(found, parts, "{name}");
