@@ -315,6 +315,20 @@ fn failure_has_its_status_and_leaves_the_disk() {
 }
 
 #[test]
+fn hint_has_words_of_the_kernel_command_line() {
+    let Some(system) = System::new() else { return };
+    let (word, strict) = (system.word(), format!("composefs={}", system.digest));
+    let cases = [
+        (format!("{word} sealmount.copy=memfd sealmount.size=1k"), 2, "raise sealmount.size="),
+        (format!("{word} sealmount.copy=off"), 83, "remove sealmount.copy=off"),
+        (format!("{strict} sealmount.copy=memfd"), 83, "use a disk with ext4"),
+    ];
+    for (words, status, hint) in cases {
+        system.fails(&words, "", status, &["  hint: ", hint]);
+    }
+}
+
+#[test]
 fn missing_disk_is_reported() {
     let Some(mut system) = System::new() else { return };
     system.sysroot = system.sandbox.directory("empty");

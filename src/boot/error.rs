@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use crate::boot::command_line::CommandLineError;
-use crate::digest::Digest;
+use crate::digest::{Digest, VerityUnavailable};
 use crate::error::Error;
 use crate::kernel::{ErrorKind, Hint, KernelError, Operation};
 use crate::location::DirectoryError;
+use crate::overlay::OverlayError;
+use crate::source::SourceError;
 use crate::util::text::shown;
 
 /// The reason why a configuration is rejected.
@@ -134,7 +136,10 @@ impl SetupError {
     pub fn hint(&self) -> Option<Hint> {
         Some(Hint::new(match self {
             SetupError::CommandLine(error) => return error.hint(),
-            SetupError::Mount(error) => return error.hint(),
+            SetupError::Mount(error) => match hint_of_mount(error) {
+                Some(hint) => hint,
+                None => return error.hint(),
+            },
             SetupError::Kernel(error) => match (error.operation, error.errno) {
                 (Operation::ChangeSuperblock, _) => {
                     "check the disk: it cannot be made writable, and /etc or /var is on it"
@@ -161,6 +166,40 @@ impl SetupError {
             }
         }))
     }
+}
+
+/// Returns an instruction with words of the kernel command line, if the hint of the error has mount options.
+fn hint_of_mount(error: &Error) -> Option<&'static str> {
+    Some(match error {
+        Error::Source(SourceError::LimitExceeded { .. }) => {
+            "raise sealmount.size= on the kernel command line (default: 50% of the memory)"
+        }
+        Error::Source(SourceError::VerityUnavailable { .. }) => {
+            "remove sealmount.copy=off from the kernel command line: sealmount then copies the image"
+        }
+        Error::Overlay(OverlayError::VerityUnsupported) => {
+            "use Linux 6.6 or later, or put ? before the digest on the kernel command line: objects are then not \
+             verified when they are read"
+        }
+        Error::Overlay(OverlayError::VerityBroken { .. }) => {
+            "use another kernel: Linux 7.0 has this fault"
+        }
+        Error::Overlay(OverlayError::ObjectsVerityUnavailable { reason, .. }) => match reason {
+            VerityUnavailable::NotEnabled => {
+                "enable fs-verity on every object with `fsverity enable`"
+            }
+            VerityUnavailable::NoDigest => "make the image again with the digests of its objects",
+            _ => {
+                "use a disk with ext4 (made or tuned with -O verity) or btrfs, and a kernel with CONFIG_FS_VERITY, \
+                 or put ? before the digest on the kernel command line: objects are then not verified when they \
+                 are read"
+            }
+        },
+        Error::Overlay(OverlayError::ObjectMissing { .. }) => {
+            "copy the object into the object directory of the disk"
+        }
+        _ => return None,
+    })
 }
 
 impl From<KernelError> for SetupError {
