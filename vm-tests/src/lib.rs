@@ -21,11 +21,13 @@
 //! scenario                 a test, and its view of the machine
 //! host/                    fetches kernels, boots machines, collects verdicts
 //! guest/                   the scenarios, and process 1
+//! boots/                   boots of a real Debian
 //! ```
 //!
 //! ```text
 //! cargo test -p vm-tests                       # every test
 //! cargo test -p vm-tests --test vm -- 6.12::boots
+//! cargo test -p vm-tests --test boots          # a real Debian, in target/boot
 //! SEALMOUNT_VM_SERIES=7.3-arm64 cargo test -p vm-tests --test vm
 //! ```
 //!
@@ -38,6 +40,7 @@
 //! | `SEALMOUNT_TESTS=ci` | also runs all scenarios on the last kernel and on kernels with large pages, and the scenarios of [`Tier::Quick`](machine::Tier::Quick) on the other kernels |
 //! | `SEALMOUNT_TESTS=rest` | runs the tests of `ci` that are not in `quick` |
 //! | `SEALMOUNT_TESTS=all` | runs all tests (default) |
+//! | `SEALMOUNT_BOOTS=reuse` | `--test boots` boots the systems in target/boot that an earlier run made |
 //!
 //! | series | kernel of Debian | architecture |
 //! |---|---|---|
@@ -66,6 +69,7 @@
 
 pub mod arch;
 mod binaries;
+pub mod boots;
 mod error;
 mod files;
 mod first_stage;

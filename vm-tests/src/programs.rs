@@ -14,6 +14,7 @@ const NEEDED: &[(&str, &str)] = &[
     ("qemu-system-aarch64", "qemu-system-arm"),
     ("readelf", "binutils"),
     ("mkfs.ext4", "e2fsprogs"),
+    ("debugfs", "e2fsprogs"),
     ("mkfs.btrfs", "btrfs-progs"),
     ("mkfs.vfat", "dosfstools"),
     ("mcopy", "mtools"),

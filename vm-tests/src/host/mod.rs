@@ -1,8 +1,8 @@
 //! The host side: runs a list of scenarios, and returns the result of each scenario on each kernel.
 
-mod accelerator;
+pub(crate) mod accelerator;
 mod apt;
-mod cpio;
+pub(crate) mod cpio;
 mod disks;
 mod initramfs;
 pub mod kernels;
