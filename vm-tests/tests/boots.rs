@@ -8,7 +8,7 @@ use std::time::Instant;
 use vm_tests::Error;
 use vm_tests::boots::{self, State, Systems};
 use vm_tests::host::Lab;
-use vm_tests::host::suite::Part;
+use vm_tests::host::suite::{self, Part};
 
 fn main() -> ExitCode {
     run().unwrap_or_else(|error| {
@@ -18,7 +18,8 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<ExitCode, Error> {
-    let arguments = Arguments::from_args();
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert_with(suite::jobs);
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .parent()
         .expect("the directory is in the target directory of cargo");

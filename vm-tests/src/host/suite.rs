@@ -165,7 +165,7 @@ impl Suite {
 
 /// Returns the number of machines to run at the same time. One machine per CPU is enough: a machine has
 /// two CPUs, but rarely uses both.
-fn jobs() -> usize {
+pub fn jobs() -> usize {
     let configured = env::var("SEALMOUNT_VM_JOBS").ok().and_then(|jobs| jobs.parse().ok());
     let cpus = || thread::available_parallelism().map_or(1, |cpus| cpus.get());
     configured.unwrap_or_else(cpus).max(1)
