@@ -86,6 +86,12 @@ pub fn tree(disk: &Path, directory: &str, scratch: &Path) -> Result<Tree, Error>
     }
 }
 
+/// Returns whether the disk has a file.
+pub fn exists(disk: &Path, file: &str) -> Result<bool, Error> {
+    // The output of stat starts with the number of the inode. For a missing file, stat prints only an error.
+    Ok(run_debugfs(disk, &format!("stat {file}"), false)?.0.starts_with("Inode: "))
+}
+
 /// Runs a command of debugfs, and returns its output. debugfs reports errors only on the standard error output.
 fn debugfs(disk: &Path, request: &str, writes: bool) -> Result<String, Error> {
     let (stdout, stderr) = run_debugfs(disk, request, writes)?;

@@ -11,10 +11,11 @@
 //! machine, initramfs   one boot in QEMU; more files in an initramfs
 //! state                the boots that tests share
 //! checks               a system that runs
-//! running, failing     the tests
+//! running, failing, configured   the tests
 //! ```
 
 mod checks;
+mod configured;
 mod disk;
 mod failing;
 mod initramfs;
@@ -82,6 +83,21 @@ const TESTS: &[Test] = &[
     }),
     release("linux_6_1::missing_verity_is_reported", failing::no_verity),
     release("linux_6_1::optional_verity_leaves_clean_disk", failing::optional_verity),
+    release("composefs_rs::default_configuration_keeps_changes", |state| {
+        configured::boot(state, &configured::DEFAULT)
+    }),
+    release("composefs_rs::etc_bind_var_overlay_keep_changes", |state| {
+        configured::boot(state, &configured::BIND)
+    }),
+    release("composefs_rs::etc_none_var_none_keep_image", |state| {
+        configured::boot(state, &configured::NONE)
+    }),
+    release("composefs_rs::etc_var_transient_leave_disk", |state| {
+        configured::boot(state, &configured::TRANSIENT)
+    }),
+    release("composefs_rs::root_transient_leaves_disk", |state| {
+        configured::boot(state, &configured::TRANSIENT_ROOT)
+    }),
 ];
 
 /// Returns the tests of a part.

@@ -56,12 +56,23 @@ pub static INITRAMFS_TOOLS: Description = Description {
     kernel: "7.3",
     options: &["--initramfs", "initramfs-tools"],
 };
-pub static LONG_TERM: Description =
-    Description { name: "6.12-dracut", kernel: "6.12", options: &["--initramfs", "dracut"] };
+/// With the line of /etc/fstab, systemd-remount-fs remounts the root.
+pub static LONG_TERM: Description = Description {
+    name: "6.12-dracut",
+    kernel: "6.12",
+    options: &["--initramfs", "dracut", "--fstab", "LABEL=boot-debian / ext4 ro 0 0"],
+};
 /// Linux before 6.6 has no verity in overlayfs.
 pub static WITHOUT_VERITY: Description =
     Description { name: "6.1-dracut", kernel: "6.1", options: &["--initramfs", "dracut"] };
-static ALL: [&Description; 4] = [&DRACUT, &INITRAMFS_TOOLS, &LONG_TERM, &WITHOUT_VERITY];
+/// The program of composefs-rs makes the image, the objects and the directories of the deployment.
+pub static COMPOSEFS_RS: Description = Description {
+    name: "composefs-rs",
+    kernel: "7.3",
+    options: &["--initramfs", "dracut", "--cfsctl"],
+};
+static ALL: [&Description; 5] =
+    [&DRACUT, &INITRAMFS_TOOLS, &LONG_TERM, &WITHOUT_VERITY, &COMPOSEFS_RS];
 
 impl Systems {
     pub fn new(lab: Lab) -> Systems {
