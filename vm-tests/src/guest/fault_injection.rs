@@ -61,7 +61,7 @@ static INJECTED: Machine = Machine {
 };
 
 /// Each of these scenarios makes hundreds of mounts.
-const TIME_LIMIT: Duration = Duration::from_secs(300);
+const TIME_LIMIT: Duration = Duration::from_secs(900);
 
 /// The system calls that verity, the digest, the seals and the mount depend on.
 const DECISIVE: [libc::c_long; 11] = [
