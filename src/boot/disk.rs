@@ -1,6 +1,6 @@
 //! The disk with the objects and the state of the deployments, in a private mount namespace.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
@@ -8,12 +8,13 @@ use rustix::fs::{
     chmodat, fstatvfs, mkdirat, openat, openat2, statx,
 };
 use rustix::io::Errno;
-use rustix::mount::{MountAttrFlags, MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+use rustix::mount::{MountAttrFlags, MoveMountFlags, move_mount};
 use sealmount_sys::mount_setattr_flags;
 
 use crate::boot::error::SetupError;
 use crate::digest::Digest;
 use crate::kernel::fs_context::FsContext;
+use crate::kernel::private_namespace::open_recursive_clone;
 use crate::kernel::{KernelError, Operation};
 
 /// The directory of the images, below the root of the disk. An image has the name of its digest.
@@ -45,7 +46,8 @@ impl Disk {
         };
         let is_mounted =
             is_mount_root(&directory).map_err(|errno| failed(Operation::StatDirectory, errno))?;
-        let root = clone_tree(&directory).map_err(|errno| failed(Operation::CloneTree, errno))?;
+        let root = open_recursive_clone(&directory)
+            .map_err(|errno| failed(Operation::CloneTree, errno))?;
         mount_setattr_flags(&root, 0, MountAttrFlags::MOUNT_ATTR_RDONLY.bits())
             .map_err(|errno| failed(Operation::ChangeAttributes, errno))?;
         move_mount(&root, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
@@ -88,7 +90,7 @@ impl Disk {
 
     /// Clones the mount of the disk, with all mounts below it. The clone is detached.
     pub fn clone_mount(&self) -> Result<OwnedFd, KernelError> {
-        clone_tree(&self.root)
+        open_recursive_clone(&self.root)
             .map_err(|errno| KernelError::new(Operation::CloneTree, errno).on(&self.path))
     }
 
@@ -186,15 +188,6 @@ impl<'a> Deployment<'a> {
             }
         }
     }
-}
-
-/// Clones a mount and all mounts below it. The clone is detached.
-pub(crate) fn clone_tree(mount: impl AsFd) -> Result<OwnedFd, Errno> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH
-        | OpenTreeFlags::AT_RECURSIVE;
-    open_tree(mount, "", flags)
 }
 
 /// Returns whether a directory is the root of a mount.

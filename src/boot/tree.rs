@@ -16,10 +16,10 @@ use rustix::mount::{MountAttrFlags, MoveMountFlags, move_mount};
 use sealmount_sys::mount_setattr_flags;
 
 use crate::boot::config::{DirectoryMount, RootConfig};
-use crate::boot::disk::{Deployment, Disk, LayerDirectories, clone_tree};
+use crate::boot::disk::{Deployment, Disk, LayerDirectories};
 use crate::boot::error::SetupError;
 use crate::kernel::fs_context::FsContext;
-use crate::kernel::private_namespace::{attach_in_scratch, open_clone};
+use crate::kernel::private_namespace::{attach_in_scratch, open_clone, open_recursive_clone};
 use crate::kernel::{KernelError, Operation};
 use crate::source::SizeLimit;
 
@@ -90,7 +90,7 @@ pub(crate) fn build(
         };
         attach_to(&content, &directory, shown)?;
     }
-    clone_tree(root).map_err(|errno| failed(Operation::CloneTree, "/", errno).into())
+    open_recursive_clone(root).map_err(|errno| failed(Operation::CloneTree, "/", errno).into())
 }
 
 /// Mounts an overlay of a directory of the root and a layer that receives changes.

@@ -109,8 +109,18 @@ impl CloneNamespace {
 /// Clones a mount with [open_tree(2)](https://man7.org/linux/man-pages/man2/open_tree.2.html). The clone
 /// is detached.
 pub(crate) fn open_clone(mount: impl AsFd) -> Result<OwnedFd, Errno> {
+    open_clone_with(mount, OpenTreeFlags::empty())
+}
+
+/// Clones a mount and all mounts below it. The clone is detached.
+#[cfg(feature = "boot")]
+pub(crate) fn open_recursive_clone(mount: impl AsFd) -> Result<OwnedFd, Errno> {
+    open_clone_with(mount, OpenTreeFlags::AT_RECURSIVE)
+}
+
+fn open_clone_with(mount: impl AsFd, more: OpenTreeFlags) -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
-    open_tree(mount, "", flags)
+    open_tree(mount, "", flags | more)
 }

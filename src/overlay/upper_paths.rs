@@ -70,12 +70,10 @@ fn clone_of_parent(
     real: Option<&[PathBuf; 2]>,
 ) -> Result<Option<(OwnedFd, [PathBuf; 2])>, Errno> {
     let [parent, other] = directories.map(parent_of);
-    let (Some(parent), Some(other)) = (parent?, other?) else {
-        return real.map(|_| None).ok_or(Errno::XDEV);
+    let parent = match (parent?, other?) {
+        (Some(parent), Some(other)) if is_same_file(&parent, &other)? => parent,
+        _ => return real.map(|_| None).ok_or(Errno::XDEV),
     };
-    if !is_same_file(&parent, other)? {
-        return real.map(|_| None).ok_or(Errno::XDEV);
-    }
     let mut paths = [PathBuf::new(), PathBuf::new()];
     for (number, directory) in directories.into_iter().enumerate() {
         let name = name_in(&parent, directory, real.and_then(|paths| paths[number].file_name()))?;
